@@ -1,0 +1,3 @@
+//! The corten binary.
+
+fn main() {}

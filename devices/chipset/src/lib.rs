@@ -1,0 +1,1 @@
+//! The PC's own devices: timers, interrupt controllers, serial ports, power management.

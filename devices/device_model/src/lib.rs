@@ -1,0 +1,1 @@
+//! What every device is built from: register regions, interrupt lines, reset.

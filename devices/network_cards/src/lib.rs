@@ -1,0 +1,1 @@
+//! Network backends: the user-mode stack, tap.

@@ -1,0 +1,1 @@
+//! PCI and PCI Express: configuration space, base address registers, interrupts, bridges.

@@ -1,0 +1,1 @@
+//! Guest time and timers: time that stops when the guest stops.

@@ -1,0 +1,1 @@
+//! Guest-physical memory: RAM regions, dirty tracking, code-page tracking.

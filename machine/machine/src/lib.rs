@@ -1,0 +1,1 @@
+//! Boards, firmware tables, loaders, the run loop.

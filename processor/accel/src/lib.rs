@@ -1,0 +1,1 @@
+//! The seam to a processor: traits for accelerators, VMs and vCPUs.

@@ -1,0 +1,1 @@
+//! Bare-metal guests for the conformance suite.
