@@ -1,0 +1,315 @@
+//! Host memory that stands behind guest memory.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use crate::{MemoryError, PAGE_SHIFT, PAGE_SIZE};
+
+/// Names of the bits in a page's flag byte; see [`Backing::page_flag`].
+pub struct PageFlags;
+
+impl PageFlags {
+    /// A processor keeps decoded instructions of this page.
+    pub const CODE: u8 = 1 << 0;
+    /// Dirty pages are logged and this one is still clean.
+    pub const LOG: u8 = 1 << 1;
+}
+
+/// How a [`Backing`] is made.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BackingOptions {
+    /// Backed by a memory file that other processes can map (vhost-user), not by private memory.
+    pub shared: bool,
+    /// Ask for transparent huge pages.
+    pub huge_pages: bool,
+    /// Offer the pages to kernel same-page merging.
+    pub mergeable: bool,
+}
+
+/// A piece of host memory, zero at first and given by the host only as it is touched, with a guard page
+/// before and after it.
+pub struct Backing {
+    ptr: NonNull<u8>,
+    len: u64,
+    file: Option<OwnedFd>,
+    flags: Vec<AtomicU8>,
+    code_generation: Vec<AtomicU32>,
+    dirty: Vec<AtomicU64>,
+}
+
+// SAFETY: the mapping is owned by the value and lives as long as it; all access is by raw pointer or by
+// atomics, and the bytes are treated as volatile, so any thread may use it.
+unsafe impl Send for Backing {}
+// SAFETY: as above.
+unsafe impl Sync for Backing {}
+
+impl std::fmt::Debug for Backing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backing")
+            .field("ptr", &self.ptr)
+            .field("len", &self.len)
+            .finish()
+    }
+}
+
+/// A vector of zeroed atomics that the host gives page by page as it is touched.
+fn zeroed_atomics<T>(count: usize) -> Vec<T> {
+    let layout = std::alloc::Layout::array::<T>(count).expect("page count fits");
+    if count == 0 {
+        return Vec::new();
+    }
+    // SAFETY: the layout is that of `count` T; T is only ever an integer atomic here, for which all-zero bytes are
+    // a value; the vector takes over the allocation with its exact length and capacity.
+    unsafe {
+        let ptr = std::alloc::alloc_zeroed(layout).cast::<T>();
+        if ptr.is_null() {
+            std::alloc::handle_alloc_error(layout);
+        }
+        Vec::from_raw_parts(ptr, count, count)
+    }
+}
+
+impl Backing {
+    /// Maps `len` bytes, a whole number of pages.
+    ///
+    /// # Errors
+    /// [`MemoryError::BadRegion`] for an odd size, [`MemoryError::Map`] when the host refuses.
+    pub fn new(len: u64, options: BackingOptions) -> Result<Self, MemoryError> {
+        if len == 0 || !len.is_multiple_of(PAGE_SIZE) || len > (1 << 46) {
+            return Err(MemoryError::BadRegion { base: 0, size: len });
+        }
+        let refused = |e: rustix::io::Errno| MemoryError::Map {
+            size: len,
+            source: std::io::Error::from(e),
+        };
+        let guard = PAGE_SIZE as usize;
+        let size = len as usize;
+        // SAFETY: a fresh mapping at an address of the host's choosing touches nothing that exists.
+        let whole = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                size + 2 * guard,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(refused)?;
+        let inner = whole.cast::<u8>().wrapping_add(guard);
+        let unmap = |e| {
+            // SAFETY: `whole` was mapped just above with this size and nobody else knows of it.
+            let _ = unsafe { rustix::mm::munmap(whole, size + 2 * guard) };
+            refused(e)
+        };
+        let file = if options.shared {
+            let fd = rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC)
+                .map_err(unmap)?;
+            rustix::fs::ftruncate(&fd, len).map_err(unmap)?;
+            Some(fd)
+        } else {
+            None
+        };
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the fixed mappings replace the inside of the reservation made above, which is ours.
+        let mapped = unsafe {
+            match &file {
+                Some(fd) => {
+                    let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+                    rustix::mm::mmap(inner.cast(), size, prot, flags, fd, 0)
+                }
+                None => {
+                    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+                    rustix::mm::mmap_anonymous(inner.cast(), size, prot, flags)
+                }
+            }
+        }
+        .map_err(unmap)?;
+        for (wanted, advice) in [
+            (options.huge_pages, Advice::LinuxHugepage),
+            (options.mergeable, Advice::LinuxMergeable),
+            (true, Advice::LinuxDontDump),
+        ] {
+            if wanted {
+                // SAFETY: advice on our own fresh mapping. A kernel without the feature refuses; nothing is lost.
+                let _ = unsafe { rustix::mm::madvise(mapped, size, advice) };
+            }
+        }
+        let pages = (len >> PAGE_SHIFT) as usize;
+        Ok(Self {
+            ptr: NonNull::new(inner).expect("the host maps nothing at address zero"),
+            len,
+            file,
+            flags: zeroed_atomics(pages),
+            code_generation: zeroed_atomics(pages),
+            dirty: zeroed_atomics(pages.div_ceil(64)),
+        })
+    }
+
+    /// Host address of the first byte. Valid for [`Self::len`] bytes while the backing lives.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Bytes.
+    #[allow(clippy::len_without_is_empty)] // never empty
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The memory file behind a shared backing.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The flag byte ([`PageFlags`]) of page number `page`. A writer that goes by the host address must load it
+    /// *after* its store and, when it is not zero, call [`Self::note_write`].
+    ///
+    /// # Panics
+    /// When the page is out of range.
+    pub fn page_flag(&self, page: u64) -> &AtomicU8 {
+        &self.flags[page as usize]
+    }
+
+    /// Counts the writes that hit decoded code in the page: code decoded under an older number is stale.
+    ///
+    /// # Panics
+    /// When the page is out of range.
+    pub fn code_generation(&self, page: u64) -> &AtomicU32 {
+        &self.code_generation[page as usize]
+    }
+
+    /// Marks a page as holding decoded code. Returns the generation to remember beside the code and whether the
+    /// mark is new; when it is new the caller must make every other writer see it
+    /// ([`barrier_for_new_code`]) before it reads the bytes that it decodes.
+    pub fn mark_code(&self, page: u64) -> (u32, bool) {
+        let old = self.flags[page as usize].fetch_or(PageFlags::CODE, Ordering::SeqCst);
+        (
+            self.code_generation(page).load(Ordering::SeqCst),
+            old & PageFlags::CODE == 0,
+        )
+    }
+
+    /// Takes note of a write to `len` bytes at `offset` that has happened: stale code and dirty pages.
+    pub fn note_write(&self, offset: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let last = (offset + len - 1).min(self.len - 1) >> PAGE_SHIFT;
+        for page in (offset >> PAGE_SHIFT)..=last {
+            let flag = &self.flags[page as usize];
+            let set = flag.load(Ordering::SeqCst);
+            if set & PageFlags::LOG != 0 {
+                self.dirty[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::SeqCst);
+                flag.fetch_and(!PageFlags::LOG, Ordering::SeqCst);
+            }
+            if set & PageFlags::CODE != 0 {
+                // The number first: who sees the flag gone must also see the new number.
+                self.code_generation[page as usize].fetch_add(1, Ordering::SeqCst);
+                flag.fetch_and(!PageFlags::CODE, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Starts logging dirty pages; all pages count as clean.
+    pub fn start_log(&self) {
+        self.dirty.iter().for_each(|w| w.store(0, Ordering::SeqCst));
+        self.flags.iter().for_each(|f| {
+            f.fetch_or(PageFlags::LOG, Ordering::SeqCst);
+        });
+    }
+
+    /// Stops logging dirty pages.
+    pub fn stop_log(&self) {
+        self.flags.iter().for_each(|f| {
+            f.fetch_and(!PageFlags::LOG, Ordering::SeqCst);
+        });
+    }
+
+    /// Adds pages found dirty by somebody else (KVM) to the log: bit `n` of the words is page `first + n`.
+    pub fn merge_log(&self, first: u64, words: &[u64]) {
+        for (i, word) in words.iter().enumerate() {
+            let mut rest = *word;
+            while rest != 0 {
+                let page = first + i as u64 * 64 + u64::from(rest.trailing_zeros());
+                rest &= rest - 1;
+                if let Some(w) = self.dirty.get((page / 64) as usize) {
+                    w.fetch_or(1 << (page % 64), Ordering::SeqCst);
+                }
+            }
+        }
+    }
+
+    /// Takes the dirty pages since the last call: bit `n` of word `w` is page `64 * w + n`. The pages count as clean
+    /// again from *before* the words are read, so no write is lost.
+    pub fn take_log(&self) -> Vec<u64> {
+        let mut taken = Vec::with_capacity(self.dirty.len());
+        for (i, word) in self.dirty.iter().enumerate() {
+            let bits = word.swap(0, Ordering::SeqCst);
+            let mut rest = bits;
+            while rest != 0 {
+                let page = i * 64 + rest.trailing_zeros() as usize;
+                rest &= rest - 1;
+                if let Some(flag) = self.flags.get(page) {
+                    flag.fetch_or(PageFlags::LOG, Ordering::SeqCst);
+                }
+            }
+            taken.push(bits);
+        }
+        taken
+    }
+
+    /// Gives the pages that lie wholly inside the range back to the host; they read as zero afterwards.
+    pub fn discard(&self, offset: u64, len: u64) {
+        let start = offset.next_multiple_of(PAGE_SIZE);
+        let end = offset.saturating_add(len).min(self.len) & !(PAGE_SIZE - 1);
+        if start >= end {
+            return;
+        }
+        match &self.file {
+            Some(fd) => {
+                let flags =
+                    rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                let _ = rustix::fs::fallocate(fd, flags, start, end - start);
+            }
+            None => {
+                // SAFETY: the range lies inside our own mapping; nobody holds references into guest memory.
+                let _ = unsafe {
+                    let at = self.ptr.as_ptr().add(start as usize);
+                    rustix::mm::madvise(at.cast(), (end - start) as usize, Advice::LinuxDontNeed)
+                };
+            }
+        }
+        self.note_write(start, end - start);
+    }
+}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        let guard = PAGE_SIZE as usize;
+        // SAFETY: the mapping with its guard pages is ours and nobody uses it any more.
+        let _ = unsafe {
+            rustix::mm::munmap(
+                self.ptr.as_ptr().wrapping_sub(guard).cast(),
+                self.len as usize + 2 * guard,
+            )
+        };
+    }
+}
+
+/// Makes every thread of the process see all that this thread has stored, and this thread all that the others have:
+/// the heavy half of a barrier whose light half is the program order "store, then load the page's flag" of every
+/// writer. Called after [`Backing::mark_code`] has set a new mark.
+pub fn barrier_for_new_code() {
+    use std::sync::OnceLock;
+    static REGISTERED: OnceLock<bool> = OnceLock::new();
+    const SYS_MEMBARRIER: libc::c_long = libc::SYS_membarrier;
+    const PRIVATE_EXPEDITED: i32 = 1 << 3;
+    const REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
+    // SAFETY: membarrier takes integers only and changes no memory.
+    let call = |command: i32| unsafe { libc::syscall(SYS_MEMBARRIER, command, 0, 0) } == 0;
+    if !*REGISTERED.get_or_init(|| call(REGISTER_PRIVATE_EXPEDITED)) || !call(PRIVATE_EXPEDITED) {
+        std::sync::atomic::fence(Ordering::SeqCst);
+    }
+}
