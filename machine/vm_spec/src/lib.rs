@@ -1,1 +1,20 @@
-//! What a VM is: plain types that the command line, QMP and Domain XML all become.
+//! What a virtual machine is.
+//!
+//! The command line, QMP and Domain XML all become a [`VmSpec`], and a machine is built from the spec alone. The types here
+//! are plain data with no live handles: they can be printed, stored, compared and read back as JSON.
+
+mod char_spec;
+mod cpu;
+mod disk;
+mod net;
+mod options;
+mod size;
+mod spec;
+
+pub use char_spec::CharSpec;
+pub use cpu::{CpuSpec, MAX_CPUS};
+pub use disk::{Aio, CacheMode, DetectZeroes, Discard, DiskBus, DiskFormat, DiskSpec};
+pub use net::{Forward, MacAddress, NetLink, NetSpec, Protocol, TapLink, UserLink};
+pub use options::{OptionError, Options};
+pub use size::{format_size, parse_size};
+pub use spec::{AccelChoice, BalloonSpec, KernelSpec, MachineType, MemorySpec, VmSpec, VsockSpec};
