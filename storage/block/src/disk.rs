@@ -1,0 +1,389 @@
+//! What devices and tools hold: a backend behind checks and policies.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use crate::backend::{BlockBackend, Extent, ExtentQuery, Limits, ZeroFlags};
+use crate::buffer::IoBuf;
+use crate::error::{BlockError, ErrorKind, Result};
+
+/// When written data reaches stable storage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheMode {
+    /// The host's page cache; flushes are obeyed.
+    #[default]
+    Writeback,
+    /// Direct I/O past the page cache; flushes are obeyed.
+    None,
+    /// The host's page cache; each write is followed by a flush.
+    Writethrough,
+    /// Direct I/O; each write is followed by a flush.
+    DirectSync,
+    /// The host's page cache; flushes are ignored. Fast, and loses data on a power cut.
+    Unsafe,
+}
+
+impl CacheMode {
+    /// Reads the name that people write.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such mode.
+    pub fn parse(name: &str) -> Result<Self> {
+        Ok(match name {
+            "none" | "off" => Self::None,
+            "writeback" => Self::Writeback,
+            "writethrough" => Self::Writethrough,
+            "directsync" => Self::DirectSync,
+            "unsafe" => Self::Unsafe,
+            _ => {
+                return Err(BlockError::invalid_argument(format!(
+                    "unknown cache mode '{name}' (known: none, writeback, writethrough, directsync, \
+                     unsafe)"
+                )));
+            }
+        })
+    }
+
+    /// Whether the host's page cache is passed by.
+    pub fn is_direct(self) -> bool {
+        matches!(self, Self::None | Self::DirectSync)
+    }
+
+    /// Whether each write is followed by a flush.
+    pub fn flushes_each_write(self) -> bool {
+        matches!(self, Self::Writethrough | Self::DirectSync)
+    }
+}
+
+/// What to do with written blocks that are all zeroes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DetectZeroes {
+    /// Write them as they are.
+    #[default]
+    Off,
+    /// Write them as zeroes, keeping their space.
+    On,
+    /// Write them as zeroes, giving their space back.
+    Unmap,
+}
+
+/// The policies of a disk that do not depend on its format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DiskOptions {
+    /// When data reaches stable storage.
+    pub cache: CacheMode,
+    /// Pass discards on to the image; otherwise they do nothing.
+    pub discard: bool,
+    /// What to do with zeroes.
+    pub detect_zeroes: DetectZeroes,
+    /// Refuse writes even if the backend would take them.
+    pub read_only: bool,
+    /// The logical block size that is enforced, if larger than the backend's.
+    pub logical_block_size: Option<u32>,
+    /// The physical block size that is shown, if not the backend's.
+    pub physical_block_size: Option<u32>,
+}
+
+/// Counters since the disk was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DiskStatistics {
+    /// Reads that succeeded, and their bytes.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes that succeeded (zero-writes too).
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Flushes that succeeded.
+    pub flushes: u64,
+    /// Discards that succeeded.
+    pub discards: u64,
+    /// Requests of any kind that failed.
+    pub failures: u64,
+}
+
+/// A disk: checks every request, applies the policies of [`DiskOptions`], then asks the backend.
+pub struct Disk {
+    backend: Rc<dyn BlockBackend>,
+    options: DiskOptions,
+    statistics: Cell<DiskStatistics>,
+}
+
+impl Disk {
+    /// Wraps `backend`.
+    pub fn new(backend: Rc<dyn BlockBackend>, options: DiskOptions) -> Self {
+        Self {
+            backend,
+            options,
+            statistics: Cell::default(),
+        }
+    }
+
+    /// The backend below.
+    pub fn backend(&self) -> &Rc<dyn BlockBackend> {
+        &self.backend
+    }
+
+    /// The policies in force.
+    pub fn options(&self) -> &DiskOptions {
+        &self.options
+    }
+
+    /// Size, alignments and abilities, after the policies.
+    pub fn limits(&self) -> Limits {
+        let mut limits = self.backend.limits();
+        limits.read_only |= self.options.read_only;
+        if let Some(size) = self.options.logical_block_size {
+            limits.logical_block_size = limits.logical_block_size.max(size);
+        }
+        if let Some(size) = self.options.physical_block_size {
+            limits.physical_block_size = size;
+        }
+        limits.physical_block_size = limits.physical_block_size.max(limits.logical_block_size);
+        if !self.options.discard {
+            limits.discard_granularity = 0;
+        }
+        limits
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        self.backend.limits().size
+    }
+
+    /// The counters.
+    pub fn statistics(&self) -> DiskStatistics {
+        self.statistics.get()
+    }
+
+    /// Fills `buf` from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `Misaligned`, or what the backend reports.
+    pub async fn read(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let length = buf.len() as u64;
+        let result = match self.check(offset, length, false) {
+            Ok(()) if length == 0 => Ok(()),
+            Ok(()) => self.read_in_parts(offset, buf).await,
+            Err(error) => Err(error),
+        };
+        self.count(result, |s| {
+            s.reads += 1;
+            s.read_bytes += length;
+        })
+    }
+
+    async fn read_in_parts(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let max = self.max_part();
+        if buf.len() <= max {
+            return self.backend.read(offset, buf).await;
+        }
+        for start in (0..buf.len()).step_by(max) {
+            let part = buf.slice(start, max.min(buf.len() - start));
+            self.backend.read(offset + start as u64, part).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes `buf` at `offset`; if `through`, it is on stable storage when this returns.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `Misaligned`, `ReadOnly`, or what the backend reports.
+    pub async fn write(&self, offset: u64, buf: IoBuf, through: bool) -> Result<()> {
+        let length = buf.len() as u64;
+        let result = match self.check(offset, length, true) {
+            Ok(()) if length == 0 => Ok(()),
+            Ok(()) => self.write_checked(offset, buf, through).await,
+            Err(error) => Err(error),
+        };
+        self.count(result, |s| {
+            s.writes += 1;
+            s.written_bytes += length;
+        })
+    }
+
+    async fn write_checked(&self, offset: u64, buf: IoBuf, through: bool) -> Result<()> {
+        let length = buf.len() as u64;
+        let detected = match self.options.detect_zeroes {
+            DetectZeroes::Off => None,
+            _ if !buf.is_zero() => None,
+            DetectZeroes::On => Some(ZeroFlags::empty()),
+            DetectZeroes::Unmap => Some(ZeroFlags::MAY_UNMAP),
+        };
+        if let Some(flags) = detected {
+            self.backend.write_zeroes(offset, length, flags).await?;
+        } else {
+            let max = self.max_part();
+            if buf.len() <= max {
+                self.backend.write(offset, buf).await?;
+            } else {
+                for start in (0..buf.len()).step_by(max) {
+                    let part = buf.slice(start, max.min(buf.len() - start));
+                    self.backend.write(offset + start as u64, part).await?;
+                }
+            }
+        }
+        self.after_write(through).await
+    }
+
+    /// Makes the range read as zeroes; if `through`, stably so.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`]; `Unsupported` if the flags forbid writing zeroes as data and there is no
+    /// other way.
+    pub async fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mut flags: ZeroFlags,
+        through: bool,
+    ) -> Result<()> {
+        if !self.options.discard {
+            flags.remove(ZeroFlags::MAY_UNMAP);
+        }
+        let result = match self.check(offset, length, true) {
+            Ok(()) if length == 0 => Ok(()),
+            Ok(()) => match self.backend.write_zeroes(offset, length, flags).await {
+                Ok(()) => self.after_write(through).await,
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        };
+        self.count(result, |s| {
+            s.writes += 1;
+            s.written_bytes += length;
+        })
+    }
+
+    /// Gives the range's space back, if the policy says so.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`].
+    pub async fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        let result = match self.check(offset, length, true) {
+            Ok(()) if length == 0 || !self.options.discard => Ok(()),
+            Ok(()) => match self.backend.discard(offset, length).await {
+                Ok(()) => self.after_write(false).await,
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        };
+        self.count(result, |s| s.discards += 1)
+    }
+
+    /// When this returns, every write that ended before it began survives a power cut (unless the
+    /// cache mode is `unsafe`).
+    ///
+    /// # Errors
+    ///
+    /// What the host reports; then nothing is known about the data written since the last flush.
+    pub async fn flush(&self) -> Result<()> {
+        let result = match self.options.cache {
+            CacheMode::Unsafe => Ok(()),
+            _ if self.limits().read_only => Ok(()),
+            _ => self.backend.flush().await,
+        };
+        self.count(result, |s| s.flushes += 1)
+    }
+
+    /// Where the bytes are. See [`BlockBackend::extents`].
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, or what the backend reports.
+    pub async fn extents(&self, query: ExtentQuery) -> Result<Vec<Extent>> {
+        self.check_range(query.offset, query.length)?;
+        if query.length == 0 {
+            return Ok(Vec::new());
+        }
+        self.backend
+            .extents(ExtentQuery {
+                limit: query.limit.max(1),
+                ..query
+            })
+            .await
+    }
+
+    /// Changes the size.
+    ///
+    /// # Errors
+    ///
+    /// `ReadOnly`, or what the backend reports.
+    pub async fn resize(&self, size: u64) -> Result<()> {
+        if self.limits().read_only {
+            return Err(read_only());
+        }
+        self.backend.resize(size).await
+    }
+
+    /// Flushes, and marks the image as cleanly closed. No request may follow.
+    ///
+    /// # Errors
+    ///
+    /// What the backend reports.
+    pub async fn close(&self) -> Result<()> {
+        self.backend.close().await
+    }
+
+    async fn after_write(&self, through: bool) -> Result<()> {
+        let wanted = through || self.options.cache.flushes_each_write();
+        if wanted && self.options.cache != CacheMode::Unsafe {
+            self.backend.flush().await?;
+        }
+        Ok(())
+    }
+
+    fn max_part(&self) -> usize {
+        let limits = self.backend.limits();
+        let block = self.limits().logical_block_size.max(1);
+        (limits.max_transfer / block * block).max(block) as usize
+    }
+
+    fn check(&self, offset: u64, length: u64, write: bool) -> Result<()> {
+        self.check_range(offset, length)?;
+        let limits = self.limits();
+        let block = u64::from(limits.logical_block_size.max(1));
+        if !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
+            return Err(BlockError::new(
+                ErrorKind::Misaligned,
+                format!("{length} bytes at {offset} are not whole blocks of {block} bytes"),
+            ));
+        }
+        if write && limits.read_only {
+            return Err(read_only());
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, offset: u64, length: u64) -> Result<()> {
+        let size = self.size();
+        if offset.checked_add(length).is_none_or(|end| end > size) {
+            return Err(BlockError::new(
+                ErrorKind::OutOfRange,
+                format!("{length} bytes at {offset} reach past the end of the disk at {size}"),
+            ));
+        }
+        Ok(())
+    }
+
+    fn count<T>(&self, result: Result<T>, f: impl FnOnce(&mut DiskStatistics)) -> Result<T> {
+        let mut statistics = self.statistics.get();
+        if result.is_ok() {
+            f(&mut statistics);
+        } else {
+            statistics.failures += 1;
+        }
+        self.statistics.set(statistics);
+        result
+    }
+}
+
+fn read_only() -> BlockError {
+    BlockError::new(ErrorKind::ReadOnly, "the disk is read-only")
+}

@@ -1,0 +1,129 @@
+//! The executor with both of its engines.
+
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use block::executor::{self, EngineKind, EventSource, IoThread, spawn_local, yield_now};
+use block::sync::WaitQueue;
+use rustix::event::{EventfdFlags, eventfd};
+
+const ENGINES: [EngineKind; 2] = [EngineKind::Auto, EngineKind::Threads];
+
+#[test]
+fn tasks_interleave_and_join() {
+    for engine in ENGINES {
+        let sum = executor::block_on_with(engine, async {
+            let total = Rc::new(Cell::new(0));
+            let mut handles = Vec::new();
+            for n in 1..=100u32 {
+                let total = total.clone();
+                handles.push(spawn_local(async move {
+                    yield_now().await;
+                    total.set(total.get() + n);
+                    n
+                }));
+            }
+            let mut sum = 0;
+            for handle in handles {
+                sum += handle.await;
+            }
+            assert_eq!(total.get(), sum);
+            sum
+        });
+        assert_eq!(sum.unwrap(), 5050);
+    }
+}
+
+#[test]
+fn wait_queue_wakes_all() {
+    executor::block_on(async {
+        let queue = Rc::new(WaitQueue::default());
+        let woken = Rc::new(Cell::new(0));
+        let handles: Vec<_> = (0..5)
+            .map(|_| {
+                let (queue, woken) = (queue.clone(), woken.clone());
+                spawn_local(async move {
+                    queue.wait().await;
+                    woken.set(woken.get() + 1);
+                })
+            })
+            .collect();
+        yield_now().await;
+        assert_eq!(woken.get(), 0);
+        queue.wake_all();
+        for handle in handles {
+            handle.await;
+        }
+        assert_eq!(woken.get(), 5);
+    })
+    .unwrap();
+}
+
+#[test]
+fn doorbells_from_other_threads_are_heard() {
+    for engine in ENGINES {
+        for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
+            let bell = eventfd(0, flags).unwrap();
+            let ringer: OwnedFd = bell.try_clone().unwrap();
+            let thread = IoThread::start("doorbell", engine).unwrap();
+            let heard = Arc::new(AtomicU32::new(0));
+            let counter = heard.clone();
+            thread.handle().spawn(move || async move {
+                let source = EventSource::new(bell).unwrap();
+                loop {
+                    let rings = source.wait().await.unwrap();
+                    counter.fetch_add(u32::try_from(rings).unwrap(), Ordering::SeqCst);
+                }
+            });
+            for _ in 0..50 {
+                rustix::io::write(&ringer, &1u64.to_ne_bytes()).unwrap();
+            }
+            while heard.load(Ordering::SeqCst) < 50 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            thread.stop();
+            assert_eq!(heard.load(Ordering::SeqCst), 50);
+        }
+    }
+}
+
+#[test]
+fn calls_return_values_and_stopped_threads_refuse() {
+    for engine in ENGINES {
+        let thread = IoThread::start("calls", engine).unwrap();
+        let handle = thread.handle().clone();
+        let value = handle.call(|| async {
+            executor::sleep(Duration::from_millis(2)).await.unwrap();
+            let local = Rc::new(41);
+            yield_now().await;
+            *local + 1
+        });
+        assert_eq!(value.unwrap(), 42);
+        thread.stop();
+        assert!(handle.call(|| async { 1 }).is_err());
+    }
+}
+
+#[test]
+fn many_remote_wakes_are_not_lost() {
+    for engine in ENGINES {
+        let thread = IoThread::start("wakes", engine).unwrap();
+        let callers: Vec<_> = (0..4)
+            .map(|_| {
+                let handle = thread.handle().clone();
+                std::thread::spawn(move || {
+                    (0..500u32)
+                        .map(|n| handle.call(move || async move { n }).unwrap())
+                        .sum::<u32>()
+                })
+            })
+            .collect();
+        for caller in callers {
+            assert_eq!(caller.join().unwrap(), 499 * 500 / 2);
+        }
+    }
+}
