@@ -1,1 +1,3 @@
 //! The software CPU.
+
+pub mod apic;
