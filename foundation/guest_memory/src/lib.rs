@@ -16,10 +16,12 @@
 mod backing;
 mod map;
 mod slice;
+mod view;
 
 pub use backing::{Backing, BackingOptions, PageFlags, barrier_for_new_code};
 pub use map::{GuestMemory, MemoryListener, Region, Translation};
 pub use slice::{GuestSlice, GuestSlices};
+pub use view::MemoryView;
 
 /// Size of a page of the page flags and of dirty logs, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

@@ -184,7 +184,7 @@ impl GuestMemory {
             .sum()
     }
 
-    fn find(map: &[Region], addr: u64) -> Option<&Region> {
+    pub(crate) fn find(map: &[Region], addr: u64) -> Option<&Region> {
         let at = map.partition_point(|r| r.base <= addr);
         map.get(at.checked_sub(1)?).filter(|r| addr < r.end())
     }

@@ -1,7 +1,7 @@
 //! A piece of guest memory that is contiguous in the host.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::{Backing, PAGE_SHIFT};
 
@@ -74,6 +74,79 @@ impl GuestSlice {
         // SAFETY: the slice lies inside the live mapping.
         unsafe { std::ptr::write_bytes(self.as_ptr(), value, self.len) };
         self.note(0, self.len);
+    }
+
+    /// The memory that the slice lies in.
+    pub fn backing(&self) -> &Arc<Backing> {
+        &self.backing
+    }
+
+    /// The host address of an aligned value of `len` bytes that lies `at` bytes into the slice.
+    fn aligned(&self, at: usize, len: usize) -> Option<*mut u8> {
+        if at.checked_add(len)? > self.len {
+            return None;
+        }
+        let ptr = self.as_ptr().wrapping_add(at);
+        ptr.addr().is_multiple_of(len).then_some(ptr)
+    }
+
+    /// Reads a little-endian 16-bit value `at` bytes into the slice in one access with acquire ordering, or `None` if it
+    /// is misaligned or reaches past the end.
+    pub fn load_u16(&self, at: usize) -> Option<u16> {
+        let ptr = self.aligned(at, 2)?;
+        // SAFETY: two live, aligned bytes of the mapping; other access to them is atomic or raw.
+        let value = unsafe { AtomicU16::from_ptr(ptr.cast()) }.load(Ordering::Acquire);
+        Some(u16::from_le(value))
+    }
+
+    /// Reads a little-endian 32-bit value as [`Self::load_u16`] does.
+    pub fn load_u32(&self, at: usize) -> Option<u32> {
+        let ptr = self.aligned(at, 4)?;
+        // SAFETY: as in `load_u16`, with four bytes.
+        let value = unsafe { AtomicU32::from_ptr(ptr.cast()) }.load(Ordering::Acquire);
+        Some(u32::from_le(value))
+    }
+
+    /// Reads a little-endian 64-bit value as [`Self::load_u16`] does.
+    pub fn load_u64(&self, at: usize) -> Option<u64> {
+        let ptr = self.aligned(at, 8)?;
+        // SAFETY: as in `load_u16`, with eight bytes.
+        let value = unsafe { AtomicU64::from_ptr(ptr.cast()) }.load(Ordering::Acquire);
+        Some(u64::from_le(value))
+    }
+
+    /// Writes a little-endian 16-bit value `at` bytes into the slice in one access with release ordering. Returns
+    /// false, and writes nothing, if it is misaligned or reaches past the end.
+    pub fn store_u16(&self, at: usize, value: u16) -> bool {
+        let Some(ptr) = self.aligned(at, 2) else {
+            return false;
+        };
+        // SAFETY: as in `load_u16`.
+        unsafe { AtomicU16::from_ptr(ptr.cast()) }.store(value.to_le(), Ordering::Release);
+        self.note(at, 2);
+        true
+    }
+
+    /// Writes a little-endian 32-bit value as [`Self::store_u16`] does.
+    pub fn store_u32(&self, at: usize, value: u32) -> bool {
+        let Some(ptr) = self.aligned(at, 4) else {
+            return false;
+        };
+        // SAFETY: as in `load_u16`, with four bytes.
+        unsafe { AtomicU32::from_ptr(ptr.cast()) }.store(value.to_le(), Ordering::Release);
+        self.note(at, 4);
+        true
+    }
+
+    /// Writes a little-endian 64-bit value as [`Self::store_u16`] does.
+    pub fn store_u64(&self, at: usize, value: u64) -> bool {
+        let Some(ptr) = self.aligned(at, 8) else {
+            return false;
+        };
+        // SAFETY: as in `load_u16`, with eight bytes.
+        unsafe { AtomicU64::from_ptr(ptr.cast()) }.store(value.to_le(), Ordering::Release);
+        self.note(at, 8);
+        true
     }
 
     fn note(&self, at: usize, len: usize) {
