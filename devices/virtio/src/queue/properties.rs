@@ -274,8 +274,11 @@ proptest! {
     }
 }
 
+/// A descriptor's four fields.
+type Entry = (u64, u32, u16, u16);
+
 /// Puts one descriptor list into a fresh split ring and takes it.
-fn first_error(table: &[(u64, u32, u16, u16)], features: u64) -> Option<QueueError> {
+fn first_error(table: &[Entry], features: u64) -> Option<QueueError> {
     let Pair {
         driver,
         mut device,
@@ -303,7 +306,7 @@ fn first_error(table: &[(u64, u32, u16, u16)], features: u64) -> Option<QueueErr
 #[test]
 fn hostile_chains_latch_an_error() {
     use QueueError as E;
-    let cases: Vec<(&[(u64, u32, u16, u16)], u64, QueueError)> = vec![
+    let cases: Vec<(&[Entry], u64, QueueError)> = vec![
         // A loop of two.
         (
             &[(DATA, 1, NEXT, 1), (DATA, 1, NEXT, 0)],
