@@ -1,3 +1,25 @@
-//! The software CPU.
+//! The software CPU: an interpreter of x86 with a software MMU, local APIC and everything else that a guest sees of a
+//! processor, on hosts that can't run a guest in hardware.
+//!
+//! The guest is hostile: nothing it does may panic, read or write host memory outside guest memory, or hang the vCPU's
+//! thread against [`accel::VcpuHandle::kick`].
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | `cpu` | [`Cpu`](cpu::Cpu), faults, flags, predecoded operations, guest memory access |
+//! | `block` | decoding and the cache of decoded blocks |
+//! | `exec` | integer instructions |
+//! | `mmu` | page walks and the translation buffers |
+//! | `system` | segments, exceptions, control registers, MSRs, CPUID |
+//! | `apic` | the local APIC |
+//! | `simd`, `x87` | vectors and floating point |
+
+#![allow(unsafe_code)] // reads and writes guest memory and predecoded operations by pointer
+#![allow(dead_code, unused_imports)] // until all the parts are joined
 
 pub mod apic;
+mod cpu;
+mod mmu;
+mod simd;
+mod system;
+mod x87;

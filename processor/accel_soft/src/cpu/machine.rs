@@ -1,0 +1,62 @@
+//! What the vCPUs of a virtual machine share.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use guest_clock::GuestClock;
+use guest_memory::GuestMemory;
+use parking_lot::{Mutex, RwLock};
+
+use crate::apic::{ApicBus, Mailbox};
+
+/// The part of a vCPU that other threads see.
+#[derive(Debug)]
+pub(crate) struct VcpuShared {
+    /// Its events and its interrupt requests.
+    pub(crate) mailbox: Arc<Mailbox>,
+    /// Instructions executed, brought up to date now and then.
+    pub(crate) instructions: AtomicU64,
+    /// Calls of `CpuIo`.
+    pub(crate) io_calls: AtomicU64,
+    /// Nanoseconds halted.
+    pub(crate) halted: AtomicU64,
+}
+
+impl VcpuShared {
+    /// The shared part of the vCPU with this APIC ID.
+    pub(crate) fn new(apic_id: u32) -> Self {
+        Self {
+            mailbox: Arc::new(Mailbox::new(apic_id)),
+            instructions: AtomicU64::new(0),
+            io_calls: AtomicU64::new(0),
+            halted: AtomicU64::new(0),
+        }
+    }
+}
+
+/// A virtual machine's processor side.
+pub(crate) struct Machine {
+    /// Guest memory.
+    pub(crate) memory: GuestMemory,
+    /// Guest time.
+    pub(crate) clock: GuestClock,
+    /// The mailboxes of all vCPUs.
+    pub(crate) apics: Arc<ApicBus>,
+    /// All vCPUs, in the order in which they were made.
+    pub(crate) vcpus: RwLock<Vec<Arc<VcpuShared>>>,
+    /// Held during a locked access that the host can't make atomic: one that is misaligned.
+    pub(crate) bus: Mutex<()>,
+}
+
+impl Machine {
+    /// A machine without vCPUs.
+    pub(crate) fn new(memory: GuestMemory, clock: GuestClock) -> Self {
+        Self {
+            memory,
+            clock,
+            apics: Arc::default(),
+            vcpus: RwLock::default(),
+            bus: Mutex::default(),
+        }
+    }
+}

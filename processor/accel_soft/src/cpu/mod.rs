@@ -1,0 +1,19 @@
+//! The state of a software CPU and what every instruction needs.
+
+mod access;
+mod fault;
+mod flags;
+mod machine;
+mod mode;
+mod op;
+mod registers;
+mod state;
+
+pub(crate) use access::{Access, Mapping, Value};
+pub(crate) use fault::{Exception, Fault, Result};
+pub(crate) use flags::Status;
+pub(crate) use machine::{Machine, VcpuShared};
+pub(crate) use mode::{Mode, Privilege};
+pub(crate) use op::{Ea, Flow, Handler, Op, instruction, last_instruction};
+pub(crate) use registers::RegisterFile;
+pub(crate) use state::{Cpu, Waiting};
