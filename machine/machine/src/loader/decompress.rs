@@ -1,0 +1,126 @@
+//! The compressions of a kernel's payload.
+
+use std::io::Read;
+
+/// Decompresses by the format that the first bytes name. The build of the kernel puts the size behind the
+/// compressed data, which every reader here passes over. What is not compressed comes back as it is.
+pub(super) fn decompress(packed: &[u8], limit: usize) -> Result<Vec<u8>, String> {
+    match packed {
+        [0x1f, 0x8b, ..] => read("gzip", flate2::read::GzDecoder::new(packed), limit),
+        [b'B', b'Z', b'h', ..] => read("bzip2", bzip2::read::BzDecoder::new(packed), limit),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
+            read("xz", liblzma::read::XzDecoder::new(packed), limit)
+        }
+        [0x5d, 0, 0, ..] => {
+            let stream = liblzma::stream::Stream::new_lzma_decoder(1 << 28)
+                .map_err(|e| format!("lzma: {e}"))?;
+            read("lzma", liblzma::read::XzDecoder::new_stream(packed, stream), limit)
+        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            let decoder =
+                zstd::stream::read::Decoder::with_buffer(packed).map_err(|e| format!("zstd: {e}"))?;
+            read("zstd", decoder.single_frame(), limit)
+        }
+        [0x02, 0x21, 0x4c, 0x18, blocks @ ..] => lz4(blocks, limit),
+        [0x89, b'L', b'Z', b'O', ..] => {
+            Err("compressed with lzo, expected gzip, bzip2, lzma, xz, lz4 or zstd".into())
+        }
+        _ => Ok(packed.to_vec()),
+    }
+}
+
+fn read(format: &str, reader: impl Read, limit: usize) -> Result<Vec<u8>, String> {
+    let mut data = Vec::new();
+    reader
+        .take(limit as u64 + 1)
+        .read_to_end(&mut data)
+        .map_err(|e| format!("the {format} payload is broken: {e}"))?;
+    if data.len() > limit { Err(too_large(limit)) } else { Ok(data) }
+}
+
+fn too_large(limit: usize) -> String {
+    format!("the kernel is larger than {} MiB when decompressed", limit >> 20)
+}
+
+/// LZ4's legacy frame: blocks of at most 8 MiB, each behind its packed size in four bytes.
+fn lz4(mut blocks: &[u8], limit: usize) -> Result<Vec<u8>, String> {
+    const BLOCK: usize = 8 << 20;
+    let broken = || "the lz4 payload is broken".to_owned();
+    let mut data = Vec::new();
+    // The last four bytes are not a block but the size of the whole.
+    while blocks.len() > 4 {
+        let (size, rest) = blocks.split_first_chunk::<4>().ok_or_else(broken)?;
+        let size = u32::from_le_bytes(*size) as usize;
+        let packed = rest.get(..size).ok_or_else(broken)?;
+        blocks = &rest[size..];
+        let at = data.len();
+        if at + BLOCK > limit {
+            return Err(too_large(limit));
+        }
+        data.resize(at + BLOCK, 0);
+        let n = lz4_flex::block::decompress_into(packed, &mut data[at..]).map_err(|_| broken())?;
+        data.truncate(at + n);
+    }
+    Ok(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    fn kernel_like() -> Vec<u8> {
+        let mut x = 1u32;
+        (0..200_000u32)
+            .map(|i| {
+                x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                if i % 3 == 0 { (x >> 24) as u8 } else { (i / 64) as u8 }
+            })
+            .collect()
+    }
+
+    fn pack(command: &[&str], data: &[u8]) -> Option<Vec<u8>> {
+        let mut child = Command::new(command[0])
+            .args(&command[1..])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .ok()?;
+        let mut stdin = child.stdin.take()?;
+        let data = data.to_vec();
+        let writer = std::thread::spawn(move || stdin.write_all(&data));
+        let out = child.wait_with_output().ok()?;
+        writer.join().ok()?.ok()?;
+        out.status.success().then_some(out.stdout)
+    }
+
+    #[test]
+    fn reads_what_the_kernels_build_writes() {
+        let data = kernel_like();
+        let mut tried = 0;
+        for command in [
+            &["gzip", "-9"][..],
+            &["bzip2", "-9"],
+            &["xz", "--check=crc32", "--x86", "--lzma2=,dict=1MiB"],
+            &["xz", "--format=lzma", "-9"],
+            &["lz4", "-l", "-9", "-", "-"],
+            &["zstd", "-19"],
+        ] {
+            let Some(mut packed) = pack(command, &data) else {
+                eprintln!("skipped: no {} here", command[0]);
+                continue;
+            };
+            if command[0] != "gzip" {
+                packed.extend((data.len() as u32).to_le_bytes());
+            }
+            assert!(decompress(&packed, 1 << 24).unwrap() == data, "{command:?}");
+            assert!(decompress(&packed, 1000).is_err(), "{command:?} past the limit");
+            let cut = packed.len() / 2;
+            assert!(decompress(&packed[..cut], 1 << 24) != Ok(data.clone()), "{command:?} cut");
+            tried += 1;
+        }
+        assert!(tried >= 1, "gzip at least is on every machine");
+    }
+}
