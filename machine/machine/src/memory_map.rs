@@ -65,7 +65,11 @@ impl MemoryMap {
         let mut push = |range: Range<u64>, kind| {
             if range.start < range.end {
                 let size = range.end - range.start;
-                e820.push(E820Entry { base: range.start, size, kind });
+                e820.push(E820Entry {
+                    base: range.start,
+                    size,
+                    kind,
+                });
             }
         };
         push(0..CONVENTIONAL_END, RegionKind::Ram);
@@ -84,7 +88,11 @@ impl MemoryMap {
 
     /// Just past all RAM.
     pub fn high_end(&self) -> u64 {
-        if self.high == 0 { self.low } else { HIGH + self.high }
+        if self.high == 0 {
+            self.low
+        } else {
+            HIGH + self.high
+        }
     }
 
     /// The map as firmware reports it.
@@ -105,7 +113,11 @@ impl MemoryMap {
     ///
     /// # Errors
     /// When the host refuses.
-    pub fn allocate(&self, memory: &GuestMemory, options: BackingOptions) -> Result<(), MemoryError> {
+    pub fn allocate(
+        &self,
+        memory: &GuestMemory,
+        options: BackingOptions,
+    ) -> Result<(), MemoryError> {
         memory.add_ram(0, self.low, options)?;
         if self.high != 0 {
             memory.add_ram(HIGH, self.high, options)?;
@@ -126,7 +138,11 @@ mod tests {
             let lost = (VIDEO - CONVENTIONAL_END) + (TABLES.end - VIDEO);
             assert_eq!(usable.map(|e| e.size).sum::<u64>() + lost, size);
             assert!(map.low_end() <= ECAM.start);
-            assert!(map.e820().windows(2).all(|w| w[0].base + w[0].size <= w[1].base));
+            assert!(
+                map.e820()
+                    .windows(2)
+                    .all(|w| w[0].base + w[0].size <= w[1].base)
+            );
         }
     }
 }

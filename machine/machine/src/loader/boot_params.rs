@@ -6,9 +6,7 @@ use guest_memory::GuestMemory;
 
 use super::bzimage::HEADER;
 use super::initial_state::Entry;
-use super::{
-    BootInfo, CMDLINE, LOWEST, LoadError, Loaded, load_initrd, write_command_line,
-};
+use super::{BootInfo, CMDLINE, LOWEST, LoadError, Loaded, load_initrd, write_command_line};
 
 /// Guest-physical address of the boot parameters.
 const ZERO_PAGE: u64 = 0x7000;
@@ -123,7 +121,9 @@ pub(super) fn enter_64(
     info: &BootInfo<'_>,
 ) -> Result<Entry, LoadError> {
     // The kernel builds its first page tables behind itself; init_size covers them.
-    let lowest = loaded.end.max(loaded.entry.saturating_add(setup.init_size()));
+    let lowest = loaded
+        .end
+        .max(loaded.entry.saturating_add(setup.init_size()));
     write(memory, setup, lowest, info)?;
     Ok(Entry::long_mode(memory, loaded.entry, ZERO_PAGE)?)
 }

@@ -21,11 +21,15 @@ pub(super) fn parse(image: &[u8]) -> Result<SetupHeader, String> {
         return Err(unknown.into());
     }
     // The header's length stands in the jump over it (boot.rst, "The Real-Mode Kernel Header").
-    let end = (0x202 + usize::from(image[0x201])).clamp(0x230, 0x290).min(image.len());
+    let end = (0x202 + usize::from(image[0x201]))
+        .clamp(0x230, 0x290)
+        .min(image.len());
     let setup = SetupHeader::from_image(&image[HEADER..end]);
     if setup.version() < OLDEST {
         let (major, minor) = (setup.version() >> 8, setup.version() & 0xff);
-        return Err(format!("boot protocol {major}.{minor}, expected 2.12 or newer"));
+        return Err(format!(
+            "boot protocol {major}.{minor}, expected 2.12 or newer"
+        ));
     }
     if setup.load_flags() & 1 == 0 {
         return Err("a zImage that loads below 64 KiB, expected a bzImage".into());
@@ -51,7 +55,10 @@ pub(super) fn protected_mode_code<'a>(image: &'a [u8], setup: &SetupHeader) -> &
 
 /// The decompressed payload when it is an ELF file; `None` when there is none or it is something else.
 pub(super) fn payload(image: &[u8], setup: &SetupHeader) -> Result<Option<Vec<u8>>, String> {
-    let (offset, length) = (setup.payload_offset() as usize, setup.payload_length() as usize);
+    let (offset, length) = (
+        setup.payload_offset() as usize,
+        setup.payload_length() as usize,
+    );
     if length == 0 {
         return Ok(None);
     }

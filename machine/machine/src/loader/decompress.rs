@@ -14,11 +14,15 @@ pub(super) fn decompress(packed: &[u8], limit: usize) -> Result<Vec<u8>, String>
         [0x5d, 0, 0, ..] => {
             let stream = liblzma::stream::Stream::new_lzma_decoder(1 << 28)
                 .map_err(|e| format!("lzma: {e}"))?;
-            read("lzma", liblzma::read::XzDecoder::new_stream(packed, stream), limit)
+            read(
+                "lzma",
+                liblzma::read::XzDecoder::new_stream(packed, stream),
+                limit,
+            )
         }
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            let decoder =
-                zstd::stream::read::Decoder::with_buffer(packed).map_err(|e| format!("zstd: {e}"))?;
+            let decoder = zstd::stream::read::Decoder::with_buffer(packed)
+                .map_err(|e| format!("zstd: {e}"))?;
             read("zstd", decoder.single_frame(), limit)
         }
         [0x02, 0x21, 0x4c, 0x18, blocks @ ..] => lz4(blocks, limit),
@@ -35,11 +39,18 @@ fn read(format: &str, reader: impl Read, limit: usize) -> Result<Vec<u8>, String
         .take(limit as u64 + 1)
         .read_to_end(&mut data)
         .map_err(|e| format!("the {format} payload is broken: {e}"))?;
-    if data.len() > limit { Err(too_large(limit)) } else { Ok(data) }
+    if data.len() > limit {
+        Err(too_large(limit))
+    } else {
+        Ok(data)
+    }
 }
 
 fn too_large(limit: usize) -> String {
-    format!("the kernel is larger than {} MiB when decompressed", limit >> 20)
+    format!(
+        "the kernel is larger than {} MiB when decompressed",
+        limit >> 20
+    )
 }
 
 /// LZ4's legacy frame: blocks of at most 8 MiB, each behind its packed size in four bytes.
@@ -76,7 +87,11 @@ mod tests {
         (0..200_000u32)
             .map(|i| {
                 x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                if i % 3 == 0 { (x >> 24) as u8 } else { (i / 64) as u8 }
+                if i % 3 == 0 {
+                    (x >> 24) as u8
+                } else {
+                    (i / 64) as u8
+                }
             })
             .collect()
     }
@@ -116,9 +131,15 @@ mod tests {
                 packed.extend((data.len() as u32).to_le_bytes());
             }
             assert!(decompress(&packed, 1 << 24).unwrap() == data, "{command:?}");
-            assert!(decompress(&packed, 1000).is_err(), "{command:?} past the limit");
+            assert!(
+                decompress(&packed, 1000).is_err(),
+                "{command:?} past the limit"
+            );
             let cut = packed.len() / 2;
-            assert!(decompress(&packed[..cut], 1 << 24) != Ok(data.clone()), "{command:?} cut");
+            assert!(
+                decompress(&packed[..cut], 1 << 24) != Ok(data.clone()),
+                "{command:?} cut"
+            );
             tried += 1;
         }
         assert!(tried >= 1, "gzip at least is on every machine");

@@ -83,13 +83,22 @@ impl Kernel {
         let size = usize::from(file.u16(if is_64 { 54 } else { 42 })?);
         let count = usize::from(file.u16(if is_64 { 56 } else { 44 })?);
         if count > MAX_HEADERS {
-            return Err(format!("{count} program headers, expected at most {MAX_HEADERS}"));
+            return Err(format!(
+                "{count} program headers, expected at most {MAX_HEADERS}"
+            ));
         }
-        let mut kernel =
-            Self { is_64, entry: file.word(24, 24)?, pvh_entry: None, segments: Vec::new() };
+        let mut kernel = Self {
+            is_64,
+            entry: file.word(24, 24)?,
+            pvh_entry: None,
+            segments: Vec::new(),
+        };
         for n in 0..count {
             let at = table.checked_add(n * size).ok_or("truncated ELF file")?;
-            let header = Fields { data: data.get(at..).ok_or("truncated ELF file")?, is_64 };
+            let header = Fields {
+                data: data.get(at..).ok_or("truncated ELF file")?,
+                is_64,
+            };
             kernel.header(&header, data)?;
         }
         if kernel.segments.is_empty() {
@@ -106,7 +115,9 @@ impl Kernel {
         let offset = header.word(4, 8)?;
         let file_size = header.word(16, 32)?;
         let memory_size = header.word(20, 40)?;
-        let end = offset.checked_add(file_size).filter(|end| *end <= data.len() as u64);
+        let end = offset
+            .checked_add(file_size)
+            .filter(|end| *end <= data.len() as u64);
         let end = end.ok_or("truncated: a segment lies past the end of the file")?;
         let file = offset as usize..end as usize;
         if kind == PT_NOTE {
@@ -115,7 +126,11 @@ impl Kernel {
             if memory_size < file_size {
                 return Err("a segment is smaller in memory than in the file".into());
             }
-            self.segments.push(Segment { address: header.word(12, 24)?, file, memory_size });
+            self.segments.push(Segment {
+                address: header.word(12, 24)?,
+                file,
+                memory_size,
+            });
         }
         Ok(())
     }
@@ -124,7 +139,10 @@ impl Kernel {
 /// Finds the PVH entry point among notes. Their parts are padded to four bytes.
 fn pvh_note(mut notes: &[u8]) -> Option<u32> {
     loop {
-        let fields = Fields { data: notes, is_64: false };
+        let fields = Fields {
+            data: notes,
+            is_64: false,
+        };
         let name_len = fields.u32(0).ok()? as usize;
         let value_len = fields.u32(4).ok()? as usize;
         let kind = fields.u32(8).ok()?;

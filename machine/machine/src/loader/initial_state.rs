@@ -41,7 +41,11 @@ impl Entry {
     ) -> Result<Self, MemoryError> {
         write_gdt(memory, CODE_64)?;
         write_page_tables(memory)?;
-        Ok(Self { rip, argument: (RSI, boot_params), long: true })
+        Ok(Self {
+            rip,
+            argument: (RSI, boot_params),
+            long: true,
+        })
     }
 
     /// Protected mode without paging, ESI naming the boot parameters.
@@ -51,13 +55,25 @@ impl Entry {
         boot_params: u64,
     ) -> Result<Self, MemoryError> {
         write_gdt(memory, CODE_32)?;
-        Ok(Self { rip, argument: (RSI, boot_params), long: false })
+        Ok(Self {
+            rip,
+            argument: (RSI, boot_params),
+            long: false,
+        })
     }
 
     /// Protected mode without paging, EBX naming the start info.
-    pub(super) fn pvh(memory: &GuestMemory, rip: u64, start_info: u64) -> Result<Self, MemoryError> {
+    pub(super) fn pvh(
+        memory: &GuestMemory,
+        rip: u64,
+        start_info: u64,
+    ) -> Result<Self, MemoryError> {
         write_gdt(memory, CODE_32)?;
-        Ok(Self { rip, argument: (RBX, start_info), long: false })
+        Ok(Self {
+            rip,
+            argument: (RBX, start_info),
+            long: false,
+        })
     }
 
     /// Changes the reset state of a vCPU into that of the entry.
@@ -75,7 +91,10 @@ impl Entry {
         let code = if self.long { CODE_64 } else { CODE_32 };
         system.segments[CS] = segment(BOOT_CS, code);
         system.tr = segment(BOOT_TSS, TSS);
-        system.gdtr = DescriptorTable { base: GDT, limit: 5 * 8 - 1 };
+        system.gdtr = DescriptorTable {
+            base: GDT,
+            limit: 5 * 8 - 1,
+        };
         system.idtr = DescriptorTable { base: 0, limit: 0 };
         system.cr0 = (Cr0::PE | Cr0::ET).bits();
         if self.long {
@@ -115,9 +134,12 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), MemoryError> {
     let pdpt = PML4 + 0x1000;
     let first_directory = pdpt + 0x1000;
     write_words(memory, PML4, &[pdpt | PRESENT_WRITE])?;
-    let directories: Vec<u64> =
-        (0..4).map(|n| (first_directory + n * 0x1000) | PRESENT_WRITE).collect();
+    let directories: Vec<u64> = (0..4)
+        .map(|n| (first_directory + n * 0x1000) | PRESENT_WRITE)
+        .collect();
     write_words(memory, pdpt, &directories)?;
-    let pages: Vec<u64> = (0..4 * 512).map(|n| (n << 21) | LARGE | PRESENT_WRITE).collect();
+    let pages: Vec<u64> = (0..4 * 512)
+        .map(|n| (n << 21) | LARGE | PRESENT_WRITE)
+        .collect();
     write_words(memory, first_directory, &pages)
 }

@@ -93,18 +93,30 @@ struct Image {
 
 impl Image {
     fn open(path: &Path) -> Result<Self, LoadError> {
-        let error = |source| LoadError::File { path: path.to_owned(), source };
+        let error = |source| LoadError::File {
+            path: path.to_owned(),
+            source,
+        };
         let file = File::open(path).map_err(error)?;
         let mut data = Vec::new();
-        let read = file.take(MAX_FILE + 1).read_to_end(&mut data).map_err(error)?;
+        let read = file
+            .take(MAX_FILE + 1)
+            .read_to_end(&mut data)
+            .map_err(error)?;
         if read as u64 > MAX_FILE {
             return Err(error(std::io::Error::other("larger than 2 GiB")));
         }
-        Ok(Self { path: path.to_owned(), data })
+        Ok(Self {
+            path: path.to_owned(),
+            data,
+        })
     }
 
     fn bad(&self, reason: impl Into<String>) -> LoadError {
-        LoadError::Kernel { path: self.path.clone(), reason: reason.into() }
+        LoadError::Kernel {
+            path: self.path.clone(),
+            reason: reason.into(),
+        }
     }
 }
 
@@ -178,7 +190,10 @@ fn load_elf(
         memory.load(segment.address, &data[segment.file.clone()])?;
         end = end.max(past);
     }
-    Ok(Loaded { entry: kernel.entry, end })
+    Ok(Loaded {
+        entry: kernel.entry,
+        end,
+    })
 }
 
 /// Below this address lie the boot parameters and firmware tables.
@@ -188,7 +203,10 @@ const LOWEST: u64 = 0x10_0000;
 fn write_command_line(memory: &GuestMemory, append: &str, max: usize) -> Result<(), LoadError> {
     let max = max.min(CMDLINE_MAX - 1);
     if append.len() > max {
-        return Err(LoadError::CommandLine { length: append.len(), max });
+        return Err(LoadError::CommandLine {
+            length: append.len(),
+            max,
+        });
     }
     let mut line = append.as_bytes().to_vec();
     line.push(0);
@@ -203,7 +221,9 @@ fn load_initrd(
     lowest: u64,
     highest: u64,
 ) -> Result<(u64, u64), LoadError> {
-    let Some(path) = info.initrd else { return Ok((0, 0)) };
+    let Some(path) = info.initrd else {
+        return Ok((0, 0));
+    };
     let image = Image::open(path)?;
     let size = image.data.len() as u64;
     let top = info.map.low_end().min(highest.saturating_add(1));
