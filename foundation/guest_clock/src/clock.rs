@@ -101,6 +101,12 @@ impl GuestClock {
         self.0.time.is_running()
     }
 
+    /// The host's monotonic time in nanoseconds at which guest time was zero, or `None` while the clock stands. It grows
+    /// by the length of each stop: what runs on a clock of the host (a kernel's processor) sets itself back by as much.
+    pub fn zero(&self) -> Option<i64> {
+        Some(self.0.time.zero.load(Ordering::SeqCst)).filter(|zero| *zero != STOPPED)
+    }
+
     /// The wall clock, since 1970-01-01 UTC: what a battery-backed clock would show.
     pub fn wall(&self) -> Duration {
         SystemTime::now()
@@ -161,6 +167,20 @@ mod tests {
         assert_eq!(clock.now(), b);
         clock.resume();
         assert!(clock.now() >= b);
+    }
+
+    #[test]
+    fn its_zero_moves_by_the_length_of_a_stop() {
+        let clock = GuestClock::new();
+        assert_eq!(clock.zero(), None);
+        clock.resume();
+        let first = clock.zero().unwrap();
+        assert!(first <= host_now());
+        clock.stop();
+        assert_eq!(clock.zero(), None);
+        std::thread::sleep(Duration::from_millis(2));
+        clock.resume();
+        assert!(clock.zero().unwrap() >= first + 2_000_000);
     }
 
     #[test]

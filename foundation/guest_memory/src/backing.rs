@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
@@ -38,6 +38,7 @@ pub struct Backing {
     flags: Vec<AtomicU8>,
     code_generation: Vec<AtomicU32>,
     dirty: Vec<AtomicU64>,
+    logging: AtomicBool,
 }
 
 // SAFETY: the mapping is owned by the value and lives as long as it; all access is by raw pointer or by
@@ -144,6 +145,7 @@ impl Backing {
             flags: zeroed_atomics(pages),
             code_generation: zeroed_atomics(pages),
             dirty: zeroed_atomics(pages.div_ceil(64)),
+            logging: AtomicBool::new(false),
         })
     }
 
@@ -212,8 +214,15 @@ impl Backing {
         }
     }
 
-    /// Starts logging dirty pages; all pages count as clean.
+    /// True between [`Self::start_log`] and [`Self::stop_log`].
+    pub fn is_logging(&self) -> bool {
+        self.logging.load(Ordering::SeqCst)
+    }
+
+    /// Starts logging dirty pages; all pages count as clean. An accelerator that keeps a log of its own follows at its next
+    /// `sync_dirty_log`, which must come before the first page is read.
     pub fn start_log(&self) {
+        self.logging.store(true, Ordering::SeqCst);
         self.dirty.iter().for_each(|w| w.store(0, Ordering::SeqCst));
         self.flags.iter().for_each(|f| {
             f.fetch_or(PageFlags::LOG, Ordering::SeqCst);
@@ -222,6 +231,7 @@ impl Backing {
 
     /// Stops logging dirty pages.
     pub fn stop_log(&self) {
+        self.logging.store(false, Ordering::SeqCst);
         self.flags.iter().for_each(|f| {
             f.fetch_and(!PageFlags::LOG, Ordering::SeqCst);
         });

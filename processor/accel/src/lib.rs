@@ -146,6 +146,9 @@ pub trait Vm: Send + Sync {
     /// Adds the pages that the processor has written since the last call to the logs of the memory's backings
     /// ([`guest_memory::Backing::take_log`]). Nothing to do for an accelerator that logs there itself.
     ///
+    /// Follows [`guest_memory::Backing::start_log`] and `stop_log`: the call after `start_log` begins the processor's log, so it
+    /// must come before the first page is read.
+    ///
     /// # Errors
     /// When the host refuses.
     fn sync_dirty_log(&self) -> Result<(), AccelError>;
