@@ -1,0 +1,95 @@
+//! Debian's kernel for clouds, unmodified, as its package has it.
+
+use std::path::{Path, PathBuf};
+
+use crate::Result;
+use crate::host::{self, command};
+
+/// The package that always depends on the newest.
+const PACKAGE: &str = "linux-image-cloud-amd64";
+
+/// An unpacked kernel package.
+pub(crate) struct Kernel {
+    /// bzImage.
+    pub(crate) image: PathBuf,
+    /// Version, as modules are filed under.
+    pub(crate) version: String,
+    /// Folder of the version's modules.
+    pub(crate) modules: PathBuf,
+}
+
+/// Fetches and unpacks the package unless that has been done.
+pub(crate) fn fetch() -> Result<Kernel> {
+    let folder = host::folder("guest/kernel")?;
+    if let Ok(kernel) = find(&folder) {
+        return Ok(kernel);
+    }
+    let mut policy = dependency();
+    if policy.is_err() {
+        host::update_package_lists()?;
+        policy = dependency();
+    }
+    let package = policy?;
+    eprintln!("fetching {package}");
+    if host::run_quietly(
+        command("apt-get")
+            .args(["download", "-q", &package])
+            .current_dir(&folder),
+    )
+    .is_err()
+    {
+        host::update_package_lists()?;
+        host::run_quietly(
+            command("apt-get")
+                .args(["download", "-q", &package])
+                .current_dir(&folder),
+        )?;
+    }
+    let archive = entry(&folder, |name| {
+        name.starts_with(&package) && name.ends_with(".deb")
+    })?;
+    host::run_quietly(
+        command("dpkg-deb")
+            .arg("-x")
+            .arg(folder.join(archive))
+            .arg(&folder),
+    )?;
+    find(&folder)
+}
+
+/// The package with the kernel itself.
+fn dependency() -> Result<String> {
+    let text = host::run_quietly(command("apt-cache").args(["depends", PACKAGE]))?;
+    text.lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .find(|name| name.starts_with("linux-image-"))
+        .map(str::to_owned)
+        .ok_or_else(|| format!("{PACKAGE}: depends on no kernel; are the package lists there?"))
+}
+
+fn entry(folder: &Path, wanted: impl Fn(&str) -> bool) -> Result<String> {
+    let entries = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let mut names: Vec<String> = entries
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .filter(|name| wanted(name))
+        .collect();
+    names.sort();
+    names
+        .pop()
+        .ok_or_else(|| format!("{}: not what was expected inside", folder.display()))
+}
+
+fn find(folder: &Path) -> Result<Kernel> {
+    let boot = folder.join("boot");
+    let name = entry(&boot, |name| name.starts_with("vmlinuz-"))?;
+    let version = name.trim_start_matches("vmlinuz-").to_owned();
+    let modules = folder.join("lib/modules").join(&version);
+    if !modules.is_dir() {
+        return Err(format!("{}: missing", modules.display()));
+    }
+    Ok(Kernel {
+        image: boot.join(name),
+        version,
+        modules,
+    })
+}

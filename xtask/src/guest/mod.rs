@@ -1,0 +1,41 @@
+//! Guests made from Debian's packages.
+
+mod initramfs;
+mod kernel;
+mod root_disk;
+
+use std::path::PathBuf;
+
+use crate::{Result, host};
+
+pub(crate) use root_disk::root_disk;
+
+/// A kernel and an initial RAM disk.
+pub(crate) struct Boot {
+    /// bzImage.
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM disk.
+    pub(crate) initrd: PathBuf,
+}
+
+/// Debian's kernel, and a RAM disk that mounts `/dev/vda` as the root file system.
+pub(crate) fn disk_boot() -> Result<Boot> {
+    let kernel = kernel::fetch()?;
+    let initrd = host::folder("guest")?.join("initrd-disk.img");
+    initramfs::build(&kernel, initramfs::Purpose::MountDisk, &initrd)?;
+    Ok(Boot {
+        kernel: kernel.image,
+        initrd,
+    })
+}
+
+/// Debian's kernel, and a RAM disk with busybox that runs commands given on the kernel command line.
+pub(crate) fn test_guest() -> Result<Boot> {
+    let kernel = kernel::fetch()?;
+    let initrd = host::folder("guest")?.join("initrd-test.img");
+    initramfs::build(&kernel, initramfs::Purpose::RunCommands, &initrd)?;
+    Ok(Boot {
+        kernel: kernel.image,
+        initrd,
+    })
+}

@@ -1,0 +1,76 @@
+//! `cargo xtask test`: everything that must hold, on one command.
+
+use std::time::Instant;
+
+use crate::host::{self, command};
+use crate::{Result, guest};
+
+/// Options of the tests.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Leave formatting, lints and documentation out
+    #[arg(long)]
+    no_lint: bool,
+}
+
+/// Peers and tools that tests compare with.
+const PACKAGES: [&str; 15] = [
+    "gcc",
+    "libc6-dev",
+    "binutils",
+    "acpica-tools",
+    "busybox-static",
+    "bzip2",
+    "e2fsprogs",
+    "iproute2",
+    "lz4",
+    "qemu-utils",
+    "qemu-system-x86",
+    "util-linux",
+    "wget",
+    "xz-utils",
+    "zstd",
+];
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let start = Instant::now();
+    host::need_packages(&PACKAGES)?;
+    if !options.no_lint {
+        lint()?;
+    }
+    let boot = guest::test_guest()?;
+    // The whole-system tests run the binary that people run, and find their guest by these names.
+    let corten = host::build_corten()?;
+    let mut tests = command("cargo");
+    tests.args(["test", "--workspace", "--quiet", "--no-fail-fast"]);
+    tests.env("CORTEN", corten);
+    tests
+        .env("CORTEN_TEST_KERNEL", boot.kernel)
+        .env("CORTEN_TEST_INITRD", boot.initrd);
+    host::run(&mut tests)?;
+    eprintln!("xtask: all tests passed in {} s", start.elapsed().as_secs());
+    Ok(())
+}
+
+fn lint() -> Result<()> {
+    host::run(command("cargo").args(["fmt", "--all", "--check"]))?;
+    let clippy = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    host::run(command("cargo").args(clippy))?;
+    let mut doc = command("cargo");
+    doc.args([
+        "doc",
+        "--workspace",
+        "--no-deps",
+        "--quiet",
+        "--document-private-items",
+    ]);
+    host::run(doc.env("RUSTDOCFLAGS", "-D warnings"))
+}
