@@ -1,1 +1,13 @@
 //! The QEMU machine protocol: its server and its commands.
+//!
+//! A [`Server`] listens on a Unix socket and speaks the protocol (QEMU `docs/interop/qmp-spec.rst`) with any number of
+//! clients. What the commands do is the machine's: the server asks it through [`Control`].
+
+mod client;
+mod commands;
+mod event;
+mod server;
+
+pub use commands::{Control, RunState};
+pub use event::Event;
+pub use server::{Server, ServerError};

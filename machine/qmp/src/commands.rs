@@ -1,0 +1,227 @@
+//! The commands.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::{Map, Value, json};
+
+/// QEMU's names of run states (`qapi/run-state.json`) that the machine can be in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// The guest runs.
+    Running,
+    /// The guest was stopped by a person.
+    Paused,
+    /// The guest has not run yet.
+    Prelaunch,
+    /// The guest has powered off.
+    Shutdown,
+    /// The machine can't go on.
+    InternalError,
+}
+
+impl RunState {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Prelaunch => "prelaunch",
+            Self::Shutdown => "shutdown",
+            Self::InternalError => "internal-error",
+        }
+    }
+}
+
+/// What the protocol asks of the machine. The calls come on the server's threads. Events that follow from them come back
+/// through [`Server::event`](crate::Server::event).
+pub trait Control: Send + Sync {
+    /// The machine's state.
+    fn status(&self) -> RunState;
+    /// Stops the guest. Returns when it stands still.
+    fn stop(&self);
+    /// Lets the guest go on.
+    fn cont(&self);
+    /// Resets the machine.
+    fn system_reset(&self);
+    /// Presses the power button.
+    fn system_powerdown(&self);
+    /// Ends the machine.
+    fn quit(&self);
+}
+
+/// QEMU's error classes.
+pub(crate) const GENERIC: &str = "GenericError";
+pub(crate) const NOT_FOUND: &str = "CommandNotFound";
+
+/// An error as it goes over the wire.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) class: &'static str,
+    pub(crate) text: String,
+}
+
+impl Refusal {
+    pub(crate) fn generic(text: impl Into<String>) -> Self {
+        Self {
+            class: GENERIC,
+            text: text.into(),
+        }
+    }
+
+    pub(crate) fn not_found(text: impl Into<String>) -> Self {
+        Self {
+            class: NOT_FOUND,
+            text: text.into(),
+        }
+    }
+}
+
+/// A client's request, checked for form.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) id: Option<Value>,
+    pub(crate) name: String,
+    pub(crate) arguments: Map<String, Value>,
+}
+
+impl Request {
+    /// Checks the form; the ID is given back with a refusal too.
+    pub(crate) fn parse(value: Value) -> Result<Self, (Option<Value>, Refusal)> {
+        let Value::Object(mut object) = value else {
+            return Err((None, Refusal::generic("QMP input must be a JSON object")));
+        };
+        let id = object.remove("id");
+        let refuse = |text: &str| Err((id.clone(), Refusal::generic(text)));
+        let arguments = match object.remove("arguments") {
+            None => Map::new(),
+            Some(Value::Object(arguments)) => arguments,
+            Some(_) => return refuse("QMP input member 'arguments' must be an object"),
+        };
+        let name = match object.remove("execute") {
+            Some(Value::String(name)) => name,
+            Some(_) => return refuse("QMP input member 'execute' must be a string"),
+            None if object.contains_key("exec-oob") => {
+                return refuse("QMP input member 'exec-oob' is unexpected");
+            }
+            None => return refuse("QMP input lacks member 'execute'"),
+        };
+        if let Some(key) = object.keys().next() {
+            return refuse(&format!("QMP input member '{key}' is unexpected"));
+        }
+        Ok(Self {
+            id,
+            name,
+            arguments,
+        })
+    }
+}
+
+/// The protocol's version is that of the QEMU whose commands these are.
+pub(crate) fn version() -> Value {
+    let package = concat!("corten-", env!("CARGO_PKG_VERSION"));
+    json!({ "qemu": { "micro": 0, "minor": 0, "major": 10 }, "package": package })
+}
+
+/// How a command runs.
+#[derive(Clone, Copy)]
+enum Run {
+    /// It answers.
+    Ask(fn(&dyn Control) -> Value),
+    /// It does something.
+    Do(fn(&dyn Control)),
+}
+
+/// Every command that runs after negotiation and takes no arguments.
+const COMMANDS: &[(&str, Run)] = &[
+    ("query-version", Run::Ask(|_| version())),
+    (
+        "query-commands",
+        Run::Ask(|_| {
+            let names = COMMANDS
+                .iter()
+                .map(|(name, _)| *name)
+                .chain(["qmp_capabilities"]);
+            names.map(|name| json!({ "name": name })).collect()
+        }),
+    ),
+    (
+        "query-status",
+        Run::Ask(|machine| {
+            let state = machine.status();
+            json!({ "status": state.as_str(), "running": state == RunState::Running })
+        }),
+    ),
+    ("stop", Run::Do(|machine| machine.stop())),
+    ("cont", Run::Do(|machine| machine.cont())),
+    ("system_reset", Run::Do(|machine| machine.system_reset())),
+    (
+        "system_powerdown",
+        Run::Do(|machine| machine.system_powerdown()),
+    ),
+    ("quit", Run::Do(|machine| machine.quit())),
+];
+
+/// A client's state in the protocol.
+#[derive(Debug, Default)]
+pub(crate) struct Session {
+    negotiated: AtomicBool,
+}
+
+impl Session {
+    /// True once the client may hear events.
+    pub(crate) fn is_negotiated(&self) -> bool {
+        self.negotiated.load(Ordering::SeqCst)
+    }
+
+    /// Carries a request out.
+    pub(crate) fn execute(
+        &self,
+        request: &Request,
+        machine: &dyn Control,
+    ) -> Result<Value, Refusal> {
+        if request.name == "qmp_capabilities" {
+            return self.negotiate(request);
+        }
+        if !self.is_negotiated() {
+            let text = "Expecting capabilities negotiation with 'qmp_capabilities'";
+            return Err(Refusal::not_found(text));
+        }
+        let Some((_, run)) = COMMANDS.iter().find(|(name, _)| *name == request.name) else {
+            let text = format!("The command {} has not been found", request.name);
+            return Err(Refusal::not_found(text));
+        };
+        if let Some(key) = request.arguments.keys().next() {
+            return Err(Refusal::generic(format!("Parameter '{key}' is unexpected")));
+        }
+        match run {
+            Run::Ask(ask) => Ok(ask(machine)),
+            Run::Do(act) => {
+                act(machine);
+                Ok(json!({}))
+            }
+        }
+    }
+
+    fn negotiate(&self, request: &Request) -> Result<Value, Refusal> {
+        if self.is_negotiated() {
+            let text = "Capabilities negotiation is already complete, command ignored";
+            return Err(Refusal::not_found(text));
+        }
+        for (key, value) in &request.arguments {
+            if key != "enable" {
+                return Err(Refusal::generic(format!("Parameter '{key}' is unexpected")));
+            }
+            let Some(wanted) = value.as_array() else {
+                let text = "Invalid parameter type for 'enable', expected: array";
+                return Err(Refusal::generic(text));
+            };
+            if let Some(capability) = wanted.first() {
+                let name = capability.as_str().unwrap_or_default();
+                return Err(Refusal::generic(format!(
+                    "Capability {name} is not available"
+                )));
+            }
+        }
+        self.negotiated.store(true, Ordering::SeqCst);
+        Ok(json!({}))
+    }
+}

@@ -1,0 +1,305 @@
+//! The server's socket.
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::Event;
+use crate::client::Client;
+use crate::commands::Control;
+
+/// Most clients at a time.
+const MAX_CLIENTS: usize = 64;
+
+/// Why the server can't be.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: cannot listen for QMP clients: {source}", path.display())]
+pub struct ServerError {
+    /// The socket.
+    pub path: PathBuf,
+    /// The host's reason.
+    pub source: std::io::Error,
+}
+
+struct Shared {
+    clients: Mutex<Vec<Arc<Client>>>,
+    ended: AtomicBool,
+}
+
+/// A listening server. Dropping it ends all conversations and removes the socket.
+pub struct Server {
+    shared: Arc<Shared>,
+    path: PathBuf,
+}
+
+impl Server {
+    /// Listens on a Unix socket, in place of one that a dead server left behind.
+    ///
+    /// # Errors
+    /// When the socket can't be made, or somebody listens on it.
+    pub fn listen(path: &Path, machine: Arc<dyn Control>) -> Result<Self, ServerError> {
+        let error = |source| ServerError {
+            path: path.to_owned(),
+            source,
+        };
+        let listener = match UnixListener::bind(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
+                if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                    return Err(error(e));
+                }
+                std::fs::remove_file(path).map_err(error)?;
+                UnixListener::bind(path).map_err(error)?
+            }
+            other => other.map_err(error)?,
+        };
+        let shared = Arc::new(Shared {
+            clients: Mutex::default(),
+            ended: AtomicBool::new(false),
+        });
+        let served = shared.clone();
+        std::thread::Builder::new()
+            .name("qmp".into())
+            .spawn(move || accept(&listener, &served, &machine))
+            .map_err(error)?;
+        Ok(Self {
+            shared,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Tells every client that has negotiated of an event.
+    pub fn event(&self, event: &Event) {
+        let message = event.to_json();
+        let clients = self.shared.clients.lock().clone();
+        clients.iter().for_each(|client| client.event(&message));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::SeqCst);
+        // The listening thread wakes for one more client.
+        let _ = std::os::unix::net::UnixStream::connect(&self.path);
+        self.shared
+            .clients
+            .lock()
+            .iter()
+            .for_each(|client| client.close());
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn accept(listener: &UnixListener, shared: &Arc<Shared>, machine: &Arc<dyn Control>) {
+    for stream in listener.incoming() {
+        if shared.ended.load(Ordering::SeqCst) {
+            return;
+        }
+        let Ok(stream) = stream else { continue };
+        let client = Client::new(stream);
+        {
+            let mut clients = shared.clients.lock();
+            if clients.len() >= MAX_CLIENTS {
+                client.close();
+                continue;
+            }
+            clients.push(client.clone());
+        }
+        let (shared, machine) = (shared.clone(), machine.clone());
+        let spawned = std::thread::Builder::new()
+            .name("qmp-client".into())
+            .spawn(move || {
+                let _ = client.serve(&*machine);
+                client.close();
+                shared
+                    .clients
+                    .lock()
+                    .retain(|other| !Arc::ptr_eq(other, &client));
+            });
+        if spawned.is_err() {
+            continue;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::RunState;
+
+    #[derive(Default)]
+    struct Machine(Mutex<Vec<&'static str>>);
+
+    impl Control for Machine {
+        fn status(&self) -> RunState {
+            RunState::Running
+        }
+        fn stop(&self) {
+            self.0.lock().push("stop");
+        }
+        fn cont(&self) {
+            self.0.lock().push("cont");
+        }
+        fn system_reset(&self) {
+            self.0.lock().push("reset");
+        }
+        fn system_powerdown(&self) {
+            self.0.lock().push("powerdown");
+        }
+        fn quit(&self) {
+            self.0.lock().push("quit");
+        }
+    }
+
+    struct Talk(BufReader<UnixStream>);
+
+    impl Talk {
+        fn read(&mut self) -> Value {
+            let mut line = String::new();
+            self.0.read_line(&mut line).unwrap();
+            serde_json::from_str(&line).unwrap()
+        }
+
+        fn say(&mut self, text: &str) -> Value {
+            self.0.get_mut().write_all(text.as_bytes()).unwrap();
+            self.read()
+        }
+    }
+
+    fn server() -> (tempfile::TempDir, Arc<Machine>, Server, Talk) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let machine = Arc::new(Machine::default());
+        let server = Server::listen(&path, machine.clone()).unwrap();
+        let mut talk = Talk(BufReader::new(UnixStream::connect(&path).unwrap()));
+        assert_eq!(talk.read()["QMP"]["capabilities"], json!([]));
+        (dir, machine, server, talk)
+    }
+
+    fn error(answer: &Value) -> (&str, &str) {
+        let error = &answer["error"];
+        (
+            error["class"].as_str().unwrap(),
+            error["desc"].as_str().unwrap(),
+        )
+    }
+
+    #[test]
+    fn negotiates_answers_and_tells_events() {
+        let (_dir, machine, server, mut talk) = server();
+        let early = talk.say(r#"{"execute":"query-status"}"#);
+        assert_eq!(error(&early).0, "CommandNotFound");
+        server.event(&Event::Stop); // before negotiation: not heard
+        assert_eq!(
+            talk.say(r#"{"execute":"qmp_capabilities"}"#),
+            json!({ "return": {} })
+        );
+        let status = talk.say(r#"{"execute":"query-status","id":[1,"a"]}"#);
+        let expected = json!({ "status": "running", "running": true });
+        assert_eq!(status, json!({ "return": expected, "id": [1, "a"] }));
+        let commands = talk.say(r#"{"execute":"query-commands"}"#);
+        assert!(
+            commands["return"]
+                .as_array()
+                .unwrap()
+                .contains(&json!({ "name": "quit" }))
+        );
+        for command in ["stop", "cont", "system_reset", "system_powerdown", "quit"] {
+            let text = format!(r#"{{"execute":"{command}"}}"#);
+            assert_eq!(talk.say(&text), json!({ "return": {} }));
+        }
+        assert_eq!(
+            *machine.0.lock(),
+            ["stop", "cont", "reset", "powerdown", "quit"]
+        );
+        server.event(&Event::Reset {
+            guest: true,
+            reason: "guest-reset",
+        });
+        let event = talk.read();
+        assert_eq!(event["event"], "RESET");
+        assert_eq!(
+            event["data"],
+            json!({ "guest": true, "reason": "guest-reset" })
+        );
+        assert!(event["timestamp"]["seconds"].as_u64().unwrap() > 1_600_000_000);
+    }
+
+    #[test]
+    fn refuses_as_qemu_does() {
+        let (_dir, _machine, _server, mut talk) = server();
+        talk.say(r#"{"execute":"qmp_capabilities"}"#);
+        let mut refused = |text: &str, class: &str, part: &str| {
+            let answer = talk.say(text);
+            let (got, desc) = error(&answer);
+            assert!(got == class && desc.contains(part), "{text}: {answer}");
+        };
+        refused(
+            r#"{"execute":"fly"}"#,
+            "CommandNotFound",
+            "The command fly has not been found",
+        );
+        refused(
+            r#"{"execute":"qmp_capabilities"}"#,
+            "CommandNotFound",
+            "already complete",
+        );
+        refused(
+            r#"{"execute":"stop","arguments":{"x":1}}"#,
+            "GenericError",
+            "'x' is unexpected",
+        );
+        refused(
+            r#"{"execute":"stop","arguments":1}"#,
+            "GenericError",
+            "must be an object",
+        );
+        refused(r#"{"execute":1}"#, "GenericError", "must be a string");
+        refused(
+            r#"{"arguments":{}}"#,
+            "GenericError",
+            "lacks member 'execute'",
+        );
+        refused(
+            r#"{"execute":"stop","y":1}"#,
+            "GenericError",
+            "'y' is unexpected",
+        );
+        refused("[]", "GenericError", "must be a JSON object");
+        refused("{nonsense}\n", "GenericError", "JSON parse error");
+        refused(
+            &("[".repeat(500) + "\n"),
+            "GenericError",
+            "JSON parse error",
+        );
+    }
+
+    #[test]
+    fn requests_come_in_any_pieces() {
+        let (_dir, _machine, _server, mut talk) = server();
+        let text = r#"{"execute":"qmp_capabilities"}{"execute":"query-status"}"#;
+        for byte in text.as_bytes() {
+            talk.0.get_mut().write_all(&[*byte]).unwrap();
+        }
+        assert_eq!(talk.read(), json!({ "return": {} }));
+        assert_eq!(talk.read()["return"]["status"], "running");
+    }
+
+    #[test]
+    fn a_socket_in_use_is_refused_and_a_dead_one_replaced() {
+        let (dir, machine, server, _talk) = server();
+        let path = dir.path().join("qmp");
+        assert!(Server::listen(&path, machine.clone()).is_err());
+        drop(server);
+        assert!(!path.exists());
+        drop(UnixListener::bind(&path).unwrap());
+        Server::listen(&path, machine).unwrap();
+    }
+}
