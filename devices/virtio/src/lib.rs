@@ -10,8 +10,10 @@
 //! an eventfd. Everything that touches a queue happens on the device's own threads, which signal back through
 //! [`device::DeviceEvents`] without a lock.
 
+pub mod blk;
 pub mod device;
 mod doorbell;
+mod guest_io;
 pub mod queue;
 pub mod rng;
 pub mod spec;

@@ -278,7 +278,7 @@ mod tests {
         assert_eq!(guest.request(0, &[(DATA, 32, true)]), 32);
         assert_eq!(guest.request(0, &[(DATA, 32, true)]), 16);
         guest.send(0, &[(DATA, 8, true)]);
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
         assert_eq!(guest.queue(0).used(), None);
         clock.resume();
         assert_eq!(guest.used(0), (2, 8));

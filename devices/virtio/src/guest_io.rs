@@ -1,0 +1,75 @@
+//! Guest buffers in the forms that the block layer and links take.
+
+#![allow(unsafe_code)] // Both forms are raw views of guest memory.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::sync::Arc;
+
+use block::{IoBuf, KeepAlive, Segment};
+use guest_memory::{Backing, GuestSlice};
+use smallvec::SmallVec;
+
+use crate::queue::Buffers;
+
+/// The buffers as one transfer buffer of the block layer; nothing is copied. Who lets it be written calls
+/// [`Buffers::written`] afterwards.
+pub(crate) fn io_buf(buffers: &Buffers) -> IoBuf {
+    let slices = buffers.slices();
+    let segments: SmallVec<[Segment; 4]> = slices
+        .iter()
+        .map(|slice| Segment {
+            address: slice.as_ptr(),
+            length: slice.len(),
+        })
+        .collect();
+    // SAFETY: each segment is a slice of a backing, which stays mapped, readable and writable, while the backing lives;
+    // `keep_alive` holds every one of them. Nobody makes references into guest memory.
+    unsafe { IoBuf::from_raw(&segments, keep_alive(slices)) }
+}
+
+/// Holds the memory of all slices; nearly always that is one backing.
+fn keep_alive(slices: &[GuestSlice]) -> KeepAlive {
+    let Some((first, rest)) = slices.split_first() else {
+        return Arc::new(());
+    };
+    if rest
+        .iter()
+        .all(|s| Arc::ptr_eq(s.backing(), first.backing()))
+    {
+        return first.backing().clone();
+    }
+    let mut backings: Vec<Arc<Backing>> = Vec::new();
+    for slice in slices {
+        if !backings.iter().any(|b| Arc::ptr_eq(b, slice.backing())) {
+            backings.push(slice.backing().clone());
+        }
+    }
+    Arc::new(backings)
+}
+
+/// The buffers as a list for `writev`.
+pub(crate) fn io_slices(buffers: &Buffers) -> SmallVec<[IoSlice<'_>; 8]> {
+    buffers
+        .slices()
+        .iter()
+        .map(|slice| {
+            // SAFETY: the slice lies in a live mapping for as long as `buffers` is borrowed. The bytes may change under the
+            // reader, and the seam of network links says so: they are copied before they are looked at.
+            let bytes = unsafe { std::slice::from_raw_parts(slice.as_ptr(), slice.len()) };
+            IoSlice::new(bytes)
+        })
+        .collect()
+}
+
+/// The buffers as a list for `readv`. Who lets it be written calls [`Buffers::written`] afterwards.
+pub(crate) fn io_slices_mut(buffers: &mut Buffers) -> SmallVec<[IoSliceMut<'_>; 8]> {
+    buffers
+        .slices()
+        .iter()
+        .map(|slice| {
+            // SAFETY: as in `io_slices`; links only copy into it.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(slice.as_ptr(), slice.len()) };
+            IoSliceMut::new(bytes)
+        })
+        .collect()
+}
