@@ -2,7 +2,6 @@
 
 #![allow(unsafe_code)] // Both forms are raw views of guest memory.
 
-use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 
 use block::{IoBuf, KeepAlive, Segment};
@@ -45,31 +44,4 @@ fn keep_alive(slices: &[GuestSlice]) -> KeepAlive {
         }
     }
     Arc::new(backings)
-}
-
-/// The buffers as a list for `writev`.
-pub(crate) fn io_slices(buffers: &Buffers) -> SmallVec<[IoSlice<'_>; 8]> {
-    buffers
-        .slices()
-        .iter()
-        .map(|slice| {
-            // SAFETY: the slice lies in a live mapping for as long as `buffers` is borrowed. The bytes may change under the
-            // reader, and the seam of network links says so: they are copied before they are looked at.
-            let bytes = unsafe { std::slice::from_raw_parts(slice.as_ptr(), slice.len()) };
-            IoSlice::new(bytes)
-        })
-        .collect()
-}
-
-/// The buffers as a list for `readv`. Who lets it be written calls [`Buffers::written`] afterwards.
-pub(crate) fn io_slices_mut(buffers: &mut Buffers) -> SmallVec<[IoSliceMut<'_>; 8]> {
-    buffers
-        .slices()
-        .iter()
-        .map(|slice| {
-            // SAFETY: as in `io_slices`; links only copy into it.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(slice.as_ptr(), slice.len()) };
-            IoSliceMut::new(bytes)
-        })
-        .collect()
 }

@@ -3,7 +3,7 @@
 //! * [`queue`]: virtqueues, split and packed.
 //! * [`device`]: what a device is to its transport.
 //! * [`transport`]: modern virtio over PCI.
-//! * The devices: [`rng`].
+//! * The devices: [`blk`], [`rng`].
 //! * [`spec`]: numbers that all devices share.
 //!
 //! A vCPU's access to a device's registers is handled on the vCPU's thread, under the transport's lock; doorbells only signal

@@ -377,7 +377,7 @@ mod tests {
         for _ in 0..20_000 {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let len = 1 << (seed >> 60 & 3);
-            let offset = (seed >> 33) % 0x4000 & !(len - 1);
+            let offset = ((seed >> 33) % 0x4000) & !(len - 1);
             let offset = if seed & 1 << 20 == 0 {
                 offset & 0x3f
             } else {

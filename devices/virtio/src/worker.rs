@@ -91,9 +91,9 @@ impl<S: Service> Worker<S> {
     }
 
     /// Runs `f` on the thread and waits for its value.
-    pub(crate) fn call<T: Send + 'static>(&self, f: impl FnOnce(&mut S) -> T + Send + 'static) -> T
+    pub(crate) fn call<T>(&self, f: impl FnOnce(&mut S) -> T + Send + 'static) -> T
     where
-        T: Default,
+        T: Default + Send + 'static,
     {
         let (send, value) = mpsc::channel();
         self.handle.post(move |service| {

@@ -72,10 +72,7 @@ fn reads_what_was_written_with_every_ring() {
     .into_iter()
     .enumerate()
     {
-        guest.start(
-            features | u64::MAX & !ring::RING_PACKED & !ring::EVENT_IDX,
-            16,
-        );
+        guest.start(features | !(ring::RING_PACKED | ring::EVENT_IDX), 16);
         guest.queue(0).indirect = n == 3;
         let data: Vec<u8> = (0..1536u32).map(|i| (i * 7 + n as u32) as u8).collect();
         guest.put(BUFFER, &data);
@@ -128,7 +125,7 @@ fn many_requests_are_in_flight_on_all_queues() {
 #[test]
 fn bad_requests_get_their_status() {
     let (mut guest, _handle) = plain();
-    guest.start(u64::MAX & !ring::RING_PACKED & !ring::INDIRECT_DESC, 16);
+    guest.start(!ring::RING_PACKED, 16);
     let data = |len| [(BUFFER, len, true)];
     let error = Status::IoError as u8;
     assert_eq!(guest.blk(request::IN, 16383, &data(512)), 0);
@@ -152,7 +149,7 @@ fn bad_requests_get_their_status() {
 #[test]
 fn discard_and_write_zeroes() {
     let (mut guest, _handle) = plain();
-    guest.start(u64::MAX & !ring::RING_PACKED & !ring::INDIRECT_DESC, 16);
+    guest.start(!ring::RING_PACKED, 16);
     guest.put(BUFFER, &[5; 4096]);
     assert_eq!(guest.blk(request::OUT, 8, &[(BUFFER, 4096, false)]), 0);
     let range = |guest: &Guest, sector: u64, count: u32, flags: u32| -> [Piece; 1] {
@@ -183,7 +180,7 @@ fn discard_and_write_zeroes() {
 #[test]
 fn configuration_identity_and_size_changes() {
     let (mut guest, handle) = plain();
-    guest.start(u64::MAX & !ring::RING_PACKED, 16);
+    guest.start(!ring::RING_PACKED, 16);
     guest.queue(0).indirect = true;
     assert_eq!(guest.config_u64(config::CAPACITY), 8 * MIB / 512);
     assert_eq!(guest.config_u32(config::SEG_MAX), 254);
