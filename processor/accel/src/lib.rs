@@ -8,6 +8,9 @@
 //! sends its interrupts with [`Vm::send_msi`] and hears of the end of level-triggered ones by [`CpuIo::end_of_interrupt`];
 //! the 8259 pair raises [`Vm::set_extint`] and is acknowledged by [`CpuIo::acknowledge_extint`].
 
+pub mod entry;
+pub mod probe;
+
 use std::sync::Arc;
 use std::time::Duration;
 

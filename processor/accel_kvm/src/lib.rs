@@ -5,10 +5,12 @@
 //! KVM says that the vCPU can take one. INIT and startup IPIs are the kernel's.
 //!
 //! - [`KvmAccel`]: what the host's KVM can do, and the way to a VM.
+//! - [`choose`]: whether to use it, for `--accel auto`.
 //! - `vm`: a VM: messages, events, doorbells. `routes`: the table of interrupt routes. `slots`: guest memory and the dirty log.
 //! - `vcpu`: the run loop. `run_page`: the page shared with the kernel, and kicks. `state`: registers in and out.
 //! - `ioctls`: system calls that the `kvm-ioctls` crate has not got. `statistics`: the kernel's counters.
 
+mod choice;
 mod host;
 mod ioctls;
 mod routes;
@@ -19,4 +21,5 @@ mod statistics;
 mod vcpu;
 mod vm;
 
+pub use choice::{Choice, choose};
 pub use host::KvmAccel;

@@ -149,3 +149,17 @@ fn says_why_there_is_no_kvm() {
         "kvm is not available: cannot open /no/such/kvm: No such file or directory (os error 2)"
     );
 }
+
+#[test]
+fn the_probe_comes_to_a_choice_and_says_why() {
+    let Some(accel) = accel() else { return };
+    let seen = accel::probe::ring_zero(&accel).unwrap();
+    eprintln!("{seen:?}");
+    let start = std::time::Instant::now();
+    let choice = accel_kvm::choose();
+    eprintln!("{} (in {:?})", choice.line(), start.elapsed());
+    match &choice {
+        accel_kvm::Choice::Kvm(_, line) => assert!(line.starts_with("kvm: hardware speed (")),
+        accel_kvm::Choice::Soft(line) => assert!(line.starts_with("soft: /dev/kvm ")),
+    }
+}
