@@ -1,0 +1,75 @@
+//! The conformance suite: what every processor behind the seam must do.
+
+mod simple;
+
+use accel::Accel;
+
+use crate::board::{Board, Failure, Outcome};
+use crate::guest;
+use std::time::Duration;
+
+/// A test of the suite.
+pub struct Test {
+    /// Its name.
+    pub name: &'static str,
+    /// Runs it.
+    pub run: fn(&dyn Accel) -> Result<(), Failure>,
+}
+
+/// Longest that an ordinary guest may take.
+pub const TIME: Duration = Duration::from_secs(20);
+
+/// All tests.
+pub fn all() -> Vec<Test> {
+    let mut tests = Vec::new();
+    tests.extend(simple::TESTS);
+    tests
+}
+
+/// Runs a guest on one vCPU and expects exit code 0.
+pub(crate) fn passes(accel: &dyn Accel, name: &str) -> Result<(), Failure> {
+    let mut board = Board::new(accel, guest(name), 1)?;
+    expect_pass(&mut board)
+}
+
+/// Runs a board and expects exit code 0.
+pub(crate) fn expect_pass(board: &mut Board) -> Result<(), Failure> {
+    let outcome = board.run(TIME);
+    match outcome {
+        Outcome::Exit(0) => Ok(()),
+        other => Err(describe(board, &other)),
+    }
+}
+
+/// An outcome that was not expected, with what helps to find out why.
+pub(crate) fn describe(board: &Board, outcome: &Outcome) -> Failure {
+    let what = match outcome {
+        Outcome::Failed { line, detail } if *line > 100_000 => format!(
+            "unexpected exception {} at {:#x}, error code {:#x}",
+            line - 100_000,
+            wide(detail, 0),
+            wide(detail, 1)
+        ),
+        Outcome::Failed { line, detail } if detail.len() >= 4 => format!(
+            "line {line}: got {:#x}, wanted {:#x}",
+            wide(detail, 0),
+            wide(detail, 1)
+        ),
+        other => format!("{other:?}"),
+    };
+    let text = String::from_utf8_lossy(&board.io.text.lock()).into_owned();
+    let places: Vec<_> = board
+        .vcpus
+        .iter()
+        .filter_map(|vcpu| vcpu.state().ok())
+        .map(|state| format!("{:#x} {:?}", state.registers.rip, state.mp_state))
+        .collect();
+    let reports = board.io.reports.lock();
+    format!("{what}; vCPUs at {places:?}; reports {reports:x?}; text {text:?}")
+}
+
+/// The 64-bit value number `index` of a failed check's detail.
+fn wide(detail: &[u32], index: usize) -> u64 {
+    let half = |at: usize| u64::from(detail.get(at).copied().unwrap_or(0));
+    half(2 * index) | half(2 * index + 1) << 32
+}

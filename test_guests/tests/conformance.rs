@@ -1,0 +1,42 @@
+//! Runs the conformance suite on every processor: each test is listed with the processor's name in front.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use accel::Accel;
+use libtest_mimic::{Arguments, Trial};
+use test_guests::suite;
+
+/// A processor, or why its tests are skipped.
+type Processor = Result<Arc<dyn Accel>, String>;
+
+fn kvm() -> Processor {
+    match accel_kvm::KvmAccel::open() {
+        Ok(kvm) => Ok(Arc::new(kvm)),
+        Err(e) if Path::new("/dev/kvm").exists() => panic!("{e}"),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let mut trials = Vec::new();
+    for (name, processor) in [("kvm", kvm())] {
+        if let Err(why) = &processor
+            && !arguments.list
+        {
+            eprintln!("the tests of {name} are skipped: {why}");
+        }
+        for test in suite::all() {
+            let ignored = processor.is_err();
+            let processor = processor.clone();
+            let run = move || {
+                let processor = processor.map_err(|why| format!("skipped: {why}"))?;
+                (test.run)(processor.as_ref()).map_err(Into::into)
+            };
+            let trial = Trial::test(format!("{name}::{}", test.name), run);
+            trials.push(trial.with_ignored_flag(ignored));
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
