@@ -6,23 +6,33 @@
 //! far as the bridges on the way let them through.
 
 mod address;
+mod assign;
 mod builder;
 mod bus;
 mod config;
 mod function;
+mod host;
+pub mod lpc;
+pub mod mch;
 mod msix;
+mod root_port;
 pub mod spec;
 #[cfg(test)]
 mod testing;
 
 pub use address::Devfn;
+pub use assign::{RootWindows, assign};
 pub use builder::{Bar, BarKind, ExpressType, FunctionBuilder, Identity};
 pub use bus::{
     Fabric, IntxRouting, PciBus, PciHandle, SlotSink, config_read, config_write, is_bridge,
 };
 pub use config::ConfigSpace;
 pub use function::{PciDevice, PciFunction};
+pub use host::{CONFIG_ADDRESS, CONFIG_DATA, ConfigAccess, ECAM_BYTES_PER_BUS, Ecam};
+pub use lpc::Lpc;
+pub use mch::Mch;
 pub use msix::Msix;
+pub use root_port::{PciBridge, PowerOffSink, RootPort};
 
 /// What can go wrong in building a PCI topology.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -194,6 +194,8 @@ pub mod express {
     pub const SLOT_CONTROL_ATTENTION_OFF: u16 = 3 << 6;
     /// SLOT_CONTROL: power indicator field.
     pub const SLOT_CONTROL_POWER_INDICATOR: u16 = 3 << 8;
+    /// SLOT_CONTROL: power indicator on.
+    pub const SLOT_CONTROL_POWER_INDICATOR_ON: u16 = 1 << 8;
     /// SLOT_CONTROL: power indicator off.
     pub const SLOT_CONTROL_POWER_INDICATOR_OFF: u16 = 3 << 8;
     /// SLOT_CONTROL: power controller control; set: power off.
