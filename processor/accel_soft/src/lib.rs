@@ -18,8 +18,14 @@
 #![allow(dead_code, unused_imports)] // until all the parts are joined
 
 pub mod apic;
+mod block;
 mod cpu;
+mod exec;
 mod mmu;
+mod run;
 mod simd;
 mod system;
+mod vm;
 mod x87;
+
+pub use vm::{SoftAccel, SoftEmulator};

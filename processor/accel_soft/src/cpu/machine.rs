@@ -1,7 +1,7 @@
 //! What the vCPUs of a virtual machine share.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use guest_clock::GuestClock;
 use guest_memory::GuestMemory;
@@ -14,6 +14,10 @@ use crate::apic::{ApicBus, Mailbox};
 pub(crate) struct VcpuShared {
     /// Its events and its interrupt requests.
     pub(crate) mailbox: Arc<Mailbox>,
+    /// Its thread may be using translations.
+    pub(crate) in_guest: AtomicBool,
+    /// The generation of the memory map that its translations are of.
+    pub(crate) map_seen: AtomicU64,
     /// Instructions executed, brought up to date now and then.
     pub(crate) instructions: AtomicU64,
     /// Calls of `CpuIo`.
@@ -27,6 +31,8 @@ impl VcpuShared {
     pub(crate) fn new(apic_id: u32) -> Self {
         Self {
             mailbox: Arc::new(Mailbox::new(apic_id)),
+            in_guest: AtomicBool::new(false),
+            map_seen: AtomicU64::new(0),
             instructions: AtomicU64::new(0),
             io_calls: AtomicU64::new(0),
             halted: AtomicU64::new(0),

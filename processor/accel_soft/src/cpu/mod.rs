@@ -14,6 +14,8 @@ pub(crate) use fault::{Exception, Fault, Result};
 pub(crate) use flags::Status;
 pub(crate) use machine::{Machine, VcpuShared};
 pub(crate) use mode::{Mode, Privilege};
-pub(crate) use op::{Ea, Flow, Handler, Op, instruction, last_instruction};
+pub(crate) use op::{
+    Ea, FLAT, FLAT_STACK, Flow, Handler, Op, fault, gpr, instruction, last_instruction, leave,
+};
 pub(crate) use registers::RegisterFile;
 pub(crate) use state::{Cpu, Waiting};

@@ -101,6 +101,10 @@ impl Cpu {
         mode.set(Mode::AVX, avx);
         self.mode = mode;
         self.rip_mask = if is_64bit { u64::MAX } else { 0xffff_ffff };
+        let code_base = if is_64bit { 0 } else { cs.base };
+        if code_base != self.bases[CS] {
+            self.tlb.epoch += 1;
+        }
         for seg in [ES, CS, SS, DS] {
             self.bases[seg] = if is_64bit { 0 } else { self.segments[seg].base };
         }

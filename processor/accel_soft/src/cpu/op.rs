@@ -15,6 +15,8 @@ pub(crate) type Handler = fn(&mut Cpu, *const Op) -> Flow;
 pub(crate) enum Flow {
     /// `Cpu::rip` says where to go on.
     Next,
+    /// The same, but the block was left early, after `Cpu::left_at`.
+    Left,
     /// `Cpu::exception` is to be delivered; `Cpu::fault_op` raised it.
     Fault,
 }
@@ -212,7 +214,7 @@ pub(crate) fn leave(cpu: &mut Cpu, op: *const Op) -> Flow {
     // SAFETY: `op` is the operation that was just executed.
     cpu.rip = cpu.next_rip(unsafe { &*op });
     cpu.left_at = op;
-    Flow::Next
+    Flow::Left
 }
 
 /// Byte offset of general register `number` (0 to 15) for [`Op::a`] and its kind.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use accel::CpuIo;
 use guest_memory::Region;
@@ -112,12 +113,18 @@ pub(crate) struct Cpu {
     pub(crate) shared: Arc<VcpuShared>,
     /// The map of guest memory that host addresses in the TLB were taken from.
     pub(crate) memory_map: Arc<Vec<Region>>,
+    /// The generation of that map.
+    pub(crate) map_generation: u64,
+    /// Decoded blocks rest on a map that is no longer.
+    pub(crate) code_stale: bool,
     /// Instructions executed up to the start of the running block.
     pub(crate) instructions: u64,
     /// Where port and memory accesses go while `run` is active.
     pub(crate) io: Option<NonNull<dyn CpuIo>>,
     /// Calls of `CpuIo`.
     pub(crate) io_calls: u64,
+    /// PAUSE instructions executed.
+    pub(crate) pauses: u32,
 }
 
 /// What an application processor that does not run waits for.
@@ -153,8 +160,10 @@ impl Cpu {
             .iter()
             .map(|e| ((e.leaf, e.subleaf.unwrap_or(u32::MAX)), *e))
             .collect();
+        let mut regs = RegisterFile::new();
+        regs[crate::block::FAR_SLOT] = crate::block::FAR as u64;
         let mut cpu = Self {
-            regs: RegisterFile::new(),
+            regs,
             status: Status::default(),
             leave_block: false,
             attention: false,
@@ -197,9 +206,12 @@ impl Cpu {
             machine,
             shared,
             memory_map,
+            map_generation: u64::MAX,
+            code_stale: false,
             instructions: 0,
             io: None,
             io_calls: 0,
+            pauses: 0,
         };
         cpu.power_up();
         cpu
@@ -212,17 +224,15 @@ impl Cpu {
             return R::default();
         };
         self.io_calls += 1;
+        let shared = self.shared.clone();
+        shared.in_guest.store(false, Ordering::SeqCst);
         // SAFETY: `io` is set for the time of `run` from the reference that it was given.
         let result = call(unsafe { io.as_ref() });
-        self.after_outside();
-        result
-    }
-
-    /// Follows a change of the memory map made during a call of the machine.
-    #[inline]
-    fn after_outside(&mut self) {
-        if self.shared.mailbox.has_events() {
+        shared.in_guest.store(true, Ordering::SeqCst);
+        self.follow_memory();
+        if shared.mailbox.has_events() {
             self.leave_block = true;
         }
+        result
     }
 }

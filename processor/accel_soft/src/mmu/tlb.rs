@@ -90,9 +90,6 @@ impl Tlb {
             (false, true) => 2,
         };
         let fetch = self.fetch_entries[usize::from(!user)].as_ptr();
-        if fetch != self.fetch {
-            self.epoch += 1;
-        }
         self.fetch = fetch;
         self.data = self.data_entries[kind].as_ptr();
     }

@@ -130,3 +130,11 @@ fn unimplemented_state() -> VcpuState {
         lapic: vec![0; x86_defs::state::LAPIC_SIZE],
     }
 }
+
+/// TSC frequency of guests, in kHz.
+pub(crate) const TSC_KHZ: u32 = 2_000_000;
+
+/// Everything that CPUID may promise.
+pub(crate) fn supported_cpuid() -> Vec<x86_defs::cpuid::CpuidEntry> {
+    Vec::new()
+}

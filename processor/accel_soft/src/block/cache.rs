@@ -1,0 +1,209 @@
+//! The cache of decoded blocks of one vCPU.
+//!
+//! A block is found by the host address of its first byte, which stands for the physical address, and the mode that it was
+//! decoded for. Blocks and operations live in arenas of fixed size that are emptied all at once, so that a pointer to a
+//! block stays good until then, also when the block itself is stale.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::decode::{MAX_BYTES, MAX_INSTRUCTIONS};
+use crate::cpu::{Mode, Op};
+
+/// A successor of a block that was found once.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Link {
+    /// RIP at which it starts.
+    pub(crate) rip: u64,
+    /// The [`crate::mmu::Tlb::epoch`] in which it was found, or `u64::MAX` when it lies in the same page as the block and so
+    /// needs no translation of its own.
+    pub(crate) epoch: u64,
+    /// The block, or null.
+    pub(crate) block: *const Block,
+}
+
+const NO_LINK: Link = Link {
+    rip: 0,
+    epoch: 0,
+    block: std::ptr::null(),
+};
+
+/// A decoded block.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Block {
+    /// Its operations.
+    pub(crate) ops: *const Op,
+    /// Where the page's generation stands.
+    pub(crate) generation_at: *const AtomicU32,
+    /// The generation under which the bytes were decoded.
+    pub(crate) generation: u32,
+    /// Instructions.
+    pub(crate) count: u16,
+    /// The mode that it was decoded for.
+    pub(crate) mode: Mode,
+    /// Its first byte in the host.
+    pub(crate) host: *const u8,
+    /// The blocks that came after it.
+    pub(crate) links: [Link; 2],
+    /// Bytes that it was decoded from: where in the cache's bytes, and how many.
+    pub(crate) bytes: (u32, u16),
+    next: u32,
+}
+
+impl Block {
+    /// A block of one instruction that is not in the cache.
+    pub(crate) fn passing(ops: &[Op], mode: Mode, generation: &'static AtomicU32) -> Self {
+        Self {
+            ops: ops.as_ptr(),
+            generation_at: generation,
+            generation: 0,
+            count: 1,
+            mode,
+            host: std::ptr::null(),
+            links: [NO_LINK; 2],
+            bytes: (0, 0),
+            next: 0,
+        }
+    }
+
+    /// True while nobody has written to the page since the block was decoded.
+    #[inline(always)]
+    pub(crate) fn is_fresh(&self) -> bool {
+        // SAFETY: the generation lives as long as the backing, and the cache is emptied before a backing goes.
+        unsafe { (*self.generation_at).load(Ordering::Relaxed) == self.generation }
+    }
+}
+
+/// Most blocks.
+const BLOCKS: usize = 1 << 16;
+/// Most operations.
+const OPS: usize = BLOCKS * 8;
+/// Bytes of source that are kept to compare.
+const BYTES: usize = BLOCKS * 32;
+const BUCKETS: usize = 1 << 16;
+
+/// See the module.
+pub(crate) struct BlockCache {
+    buckets: Vec<u32>,
+    blocks: Vec<Block>,
+    ops: Vec<Op>,
+    bytes: Vec<u8>,
+    /// Times that everything was thrown away.
+    pub(crate) flushes: u64,
+}
+
+impl BlockCache {
+    /// An empty cache. The arenas take memory only as they fill.
+    pub(crate) fn new() -> Self {
+        Self {
+            buckets: vec![0; BUCKETS],
+            blocks: Vec::with_capacity(BLOCKS),
+            ops: Vec::with_capacity(OPS),
+            bytes: Vec::with_capacity(BYTES),
+            flushes: 0,
+        }
+    }
+
+    fn bucket(host: *const u8, mode: Mode) -> usize {
+        let key = (host as u64) ^ u64::from(mode.bits()) << 48;
+        (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize & (BUCKETS - 1)
+    }
+
+    /// The block at a host address, stale or not.
+    #[inline]
+    pub(crate) fn find(&mut self, host: *const u8, mode: Mode) -> Option<*mut Block> {
+        let mut at = self.buckets[Self::bucket(host, mode)];
+        while at != 0 {
+            let block = &mut self.blocks[at as usize - 1];
+            if block.host == host && block.mode == mode {
+                return Some(block);
+            }
+            at = block.next;
+        }
+        None
+    }
+
+    /// True when another block may not fit.
+    pub(crate) fn is_full(&self) -> bool {
+        self.blocks.len() == BLOCKS
+            || self.ops.len() + MAX_INSTRUCTIONS + 1 > OPS
+            || self.bytes.len() + MAX_BYTES > BYTES
+    }
+
+    /// Throws everything away. No pointer to a block may be used afterwards.
+    pub(crate) fn clear(&mut self) {
+        self.buckets.fill(0);
+        self.blocks.clear();
+        self.ops.clear();
+        self.bytes.clear();
+        self.flushes += 1;
+    }
+
+    /// The arena to decode into; operations that are appended become a block with [`Self::insert`].
+    pub(crate) fn ops(&mut self) -> &mut Vec<Op> {
+        &mut self.ops
+    }
+
+    /// Makes a block of the operations from `first` on. The cache must not be full.
+    pub(crate) fn insert(
+        &mut self,
+        host: *const u8,
+        mode: Mode,
+        first: usize,
+        count: usize,
+        bytes: &[u8],
+        generation: (*const AtomicU32, u32),
+    ) -> *mut Block {
+        let bucket = Self::bucket(host, mode);
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        let block = Block {
+            ops: &raw const self.ops[first],
+            generation_at: generation.0,
+            generation: generation.1,
+            count: count as u16,
+            mode,
+            host,
+            links: [NO_LINK; 2],
+            bytes: (at as u32, bytes.len() as u16),
+            next: self.buckets[bucket],
+        };
+        self.blocks.push(block);
+        self.buckets[bucket] = self.blocks.len() as u32;
+        self.blocks.last_mut().expect("just pushed")
+    }
+
+    /// The bytes that a block was decoded from.
+    pub(crate) fn source(&self, block: &Block) -> &[u8] {
+        let (at, len) = block.bytes;
+        &self.bytes[at as usize..at as usize + usize::from(len)]
+    }
+
+    /// Takes a stale block out of its bucket, so that another can take its place.
+    pub(crate) fn forget(&mut self, host: *const u8, mode: Mode) {
+        let bucket = Self::bucket(host, mode);
+        let mut before = 0u32;
+        let mut at = self.buckets[bucket];
+        while at != 0 {
+            let (matches, next) = {
+                let block = &self.blocks[at as usize - 1];
+                (block.host == host && block.mode == mode, block.next)
+            };
+            if matches {
+                if before == 0 {
+                    self.buckets[bucket] = next;
+                } else {
+                    self.blocks[before as usize - 1].next = next;
+                }
+                return;
+            }
+            before = at;
+            at = next;
+        }
+    }
+
+    /// Blocks decoded since the last flush.
+    pub(crate) fn len(&self) -> usize {
+        self.blocks.len()
+    }
+}

@@ -1,0 +1,7 @@
+//! Decoded blocks and their cache.
+
+mod cache;
+mod decode;
+
+pub(crate) use cache::{Block, BlockCache, Link};
+pub(crate) use decode::{Decoded, FAR, FAR_SLOT, decode};

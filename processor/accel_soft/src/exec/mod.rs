@@ -1,0 +1,19 @@
+//! Integer instructions.
+
+mod alu;
+mod arith;
+mod bcd;
+mod bits;
+mod branch;
+mod dispatch;
+mod moves;
+mod multiply;
+mod port;
+mod select;
+mod shift;
+mod stack;
+mod string;
+mod various;
+
+pub(crate) use branch::end_of_block;
+pub(crate) use select::{Selected, select, undefined};

@@ -1,0 +1,235 @@
+//! The software CPU behind the seams of [`accel`].
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use accel::{
+    Accel, AccelError, CpuIo, Doorbell, Emulator, Exit, Msi, Vcpu, VcpuConfig, VcpuHandle,
+    VcpuStatistics, Vm, VmConfig,
+};
+use guest_memory::{GuestMemory, MemoryListener, Region};
+use vmm_sys_util::eventfd::EventFd;
+use x86_defs::cpuid::CpuidEntry;
+use x86_defs::state::VcpuState;
+
+use crate::apic::Event;
+use crate::cpu::{Cpu, Machine, VcpuShared};
+use crate::run::Engine;
+
+/// The software CPU as an accelerator.
+#[derive(Debug, Default)]
+pub struct SoftAccel;
+
+impl SoftAccel {
+    /// The accelerator; it is available on every x86-64 host.
+    pub fn new() -> Self {
+        Self
+    }
+}
+
+impl Accel for SoftAccel {
+    fn name(&self) -> &'static str {
+        "soft"
+    }
+
+    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, AccelError> {
+        Ok(crate::system::supported_cpuid())
+    }
+
+    fn tsc_khz(&self) -> u32 {
+        crate::system::TSC_KHZ
+    }
+
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>, AccelError> {
+        let machine = Arc::new(Machine::new(config.memory, config.clock));
+        let listener = Arc::new(Remap(machine.clone()));
+        let dynamic: Arc<dyn MemoryListener> = listener.clone();
+        machine
+            .memory
+            .listen(&dynamic)
+            .map_err(|e| AccelError::Unsupported(e.to_string()))?;
+        Ok(Arc::new(SoftVm {
+            machine,
+            max_vcpus: config.max_vcpus,
+            _listener: listener,
+        }))
+    }
+}
+
+/// Makes the vCPUs follow changes of the memory map.
+struct Remap(Arc<Machine>);
+
+impl MemoryListener for Remap {
+    fn region_added(&self, _: &Region) -> Result<(), String> {
+        self.tell();
+        Ok(())
+    }
+
+    fn region_removed(&self, _: &Region) {
+        self.tell();
+        // Nothing may use the region when this returns: each vCPU has looked up, or is outside its guest and will look before
+        // it goes on. One that calls from inside a device access is outside.
+        let generation = self.0.memory.generation();
+        for vcpu in self.0.vcpus.read().iter() {
+            while vcpu.in_guest.load(Ordering::SeqCst)
+                && vcpu.map_seen.load(Ordering::SeqCst) < generation
+            {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+impl Remap {
+    fn tell(&self) {
+        for vcpu in self.0.vcpus.read().iter() {
+            vcpu.mailbox.raise(Event::FLUSH_TLB);
+        }
+    }
+}
+
+struct SoftVm {
+    machine: Arc<Machine>,
+    max_vcpus: u32,
+    _listener: Arc<Remap>,
+}
+
+impl Vm for SoftVm {
+    fn create_vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, AccelError> {
+        let mut vcpus = self.machine.vcpus.write();
+        if vcpus.len() as u64 >= u64::from(self.max_vcpus) {
+            return Err(AccelError::Unsupported(format!(
+                "more vCPUs than the {} that the machine was made for",
+                self.max_vcpus
+            )));
+        }
+        let shared = Arc::new(VcpuShared::new(config.apic_id));
+        if !self.machine.apics.attach(shared.mailbox.clone()) {
+            return Err(AccelError::Unsupported(format!(
+                "a second vCPU with APIC ID {}, or too high an ID",
+                config.apic_id
+            )));
+        }
+        vcpus.push(shared.clone());
+        drop(vcpus);
+        let cpu = Cpu::new(
+            self.machine.clone(),
+            shared.clone(),
+            &config.cpuid,
+            config.tsc_khz,
+        );
+        Ok(Box::new(SoftVcpu {
+            engine: Engine::new(Box::new(cpu)),
+            shared,
+        }))
+    }
+
+    fn send_msi(&self, msi: Msi) {
+        self.machine.apics.send_msi(msi);
+    }
+
+    fn set_extint(&self, raised: bool) {
+        if let Some(mailbox) = self.machine.apics.get(0) {
+            mailbox.set_extint(raised);
+        }
+    }
+
+    fn add_doorbell(&self, _: Doorbell, _: &EventFd) -> bool {
+        false
+    }
+
+    fn remove_doorbell(&self, _: Doorbell, _: &EventFd) {}
+
+    fn set_irq_event(&self, _: &EventFd, _: Msi) -> bool {
+        false
+    }
+
+    fn remove_irq_event(&self, _: &EventFd) {}
+
+    fn sync_dirty_log(&self) -> Result<(), AccelError> {
+        // Every store looks at its page's flag, which is the log.
+        Ok(())
+    }
+}
+
+struct SoftVcpu {
+    engine: Engine,
+    shared: Arc<VcpuShared>,
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self, io: &dyn CpuIo) -> Result<Exit, AccelError> {
+        Ok(self.engine.run(io))
+    }
+
+    fn state(&self) -> Result<VcpuState, AccelError> {
+        Ok(self.engine.cpu.save())
+    }
+
+    fn set_state(&mut self, state: &VcpuState) -> Result<(), AccelError> {
+        self.engine.cpu.restore(state)
+    }
+
+    fn reset(&mut self) -> Result<(), AccelError> {
+        self.engine.cpu.power_up();
+        Ok(())
+    }
+
+    fn handle(&self) -> Arc<dyn VcpuHandle> {
+        Arc::new(Handle(self.shared.clone()))
+    }
+}
+
+struct Handle(Arc<VcpuShared>);
+
+impl VcpuHandle for Handle {
+    fn kick(&self) {
+        self.0.mailbox.raise(Event::KICK);
+    }
+
+    fn nmi(&self) {
+        self.0.mailbox.raise(Event::NMI);
+    }
+
+    fn statistics(&self) -> VcpuStatistics {
+        VcpuStatistics {
+            instructions: self.0.instructions.load(Ordering::Relaxed),
+            io_calls: self.0.io_calls.load(Ordering::Relaxed),
+            interrupts: self.0.mailbox.interrupts(),
+            halted: Duration::from_nanos(self.0.halted.load(Ordering::Relaxed)),
+        }
+    }
+}
+
+/// Completes single instructions that KVM can't.
+#[derive(Debug, Default)]
+pub struct SoftEmulator;
+
+impl SoftEmulator {
+    /// An emulator.
+    pub fn new() -> Self {
+        Self
+    }
+}
+
+impl Emulator for SoftEmulator {
+    fn step(
+        &self,
+        state: &mut VcpuState,
+        cpuid: &[CpuidEntry],
+        memory: &GuestMemory,
+        io: &dyn CpuIo,
+    ) -> Result<(), String> {
+        let machine = Arc::new(Machine::new(memory.clone(), guest_clock::GuestClock::new()));
+        let shared = Arc::new(VcpuShared::new(0));
+        let cpu = Cpu::new(machine, shared, cpuid, crate::system::TSC_KHZ);
+        let mut engine = Engine::new(Box::new(cpu));
+        engine.cpu.restore(state).map_err(|e| e.to_string())?;
+        engine
+            .step(io)
+            .map_err(|exit| format!("the instruction ends in {exit:?}"))?;
+        *state = engine.cpu.save();
+        Ok(())
+    }
+}
