@@ -109,7 +109,7 @@ fn operation(i: &Instruction, next: usize, mode: Mode) -> (Op, bool) {
         op.handler = selected.handler;
         return (op, selected.ends);
     }
-    let vector = simd::lookup(i, &op).or_else(|| x87::lookup(i, &op));
+    let vector = simd::lookup(i, &mut op).or_else(|| x87::lookup(i, &mut op));
     if let Some((handler, unit)) = vector {
         op.handler = match unavailable(unit, mode) {
             None => handler,
