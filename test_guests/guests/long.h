@@ -127,7 +127,7 @@ common:
 interrupt:
         lea     rdi, [rsp + 48]
         mov     [IFRAME], rdi
-        inc     dword ptr [COUNTS + rax * 4]
+        lock inc dword ptr [COUNTS + rax * 4]
         cmp     qword ptr [IHOOK], 0
         je      1f
         call    [IHOOK]

@@ -74,7 +74,7 @@ pub struct Io {
     /// Vectors of level-triggered interrupts that it ended.
     pub ended: Mutex<Vec<u8>>,
     /// Vectors that the next acknowledge cycles give; while there are some the 8259's output is raised.
-    pub extint: Mutex<VecDeque<u8>>,
+    pub extint: Arc<Mutex<VecDeque<u8>>>,
     /// Writes to device space that is not the board's registers.
     pub stray_writes: Mutex<Vec<(u64, Vec<u8>)>>,
     handles: Mutex<Vec<Arc<dyn VcpuHandle>>>,
@@ -305,7 +305,7 @@ impl Board {
             stream: Mutex::default(),
             text: Mutex::default(),
             ended: Mutex::default(),
-            extint: Mutex::default(),
+            extint: Arc::default(),
             stray_writes: Mutex::default(),
             handles: Mutex::new(vcpus.iter().map(|vcpu| vcpu.handle()).collect()),
             detail: Mutex::default(),

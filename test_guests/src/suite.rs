@@ -1,5 +1,7 @@
 //! The conformance suite: what every processor behind the seam must do.
 
+mod interrupts;
+mod memory;
 mod simple;
 
 use accel::Accel;
@@ -23,6 +25,8 @@ pub const TIME: Duration = Duration::from_secs(20);
 pub fn all() -> Vec<Test> {
     let mut tests = Vec::new();
     tests.extend(simple::TESTS);
+    tests.extend(interrupts::TESTS);
+    tests.extend(memory::TESTS);
     tests
 }
 
