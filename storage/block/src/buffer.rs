@@ -159,6 +159,21 @@ impl IoBuf {
         }
     }
 
+    /// One buffer of `parts`, in order, sharing their memory.
+    pub fn concat(parts: &[Self]) -> Self {
+        let segments: SmallVec<[Segment; 2]> = parts
+            .iter()
+            .flat_map(|part| part.segments.iter().copied())
+            .collect();
+        let keeps: Vec<KeepAlive> = parts.iter().map(|part| part.keep.clone()).collect();
+        let length = parts.iter().map(Self::len).sum();
+        Self {
+            segments,
+            length,
+            keep: Arc::new(keeps),
+        }
+    }
+
     /// Copies `target.len()` bytes from `offset` on into `target`.
     ///
     /// # Panics

@@ -8,13 +8,14 @@ use crate::backend::{
     push_merged,
 };
 use crate::buffer::IoBuf;
-use crate::error::Result;
+use crate::error::{BlockError, ErrorKind, Result};
 use crate::medium::Medium;
 
 /// A disk that is stored byte for byte in its medium.
 pub struct RawBackend {
     medium: Rc<dyn Medium>,
     size: Cell<u64>,
+    guard: Option<fn(&[u8]) -> bool>,
 }
 
 /// The largest transfer that is passed on in one piece.
@@ -32,7 +33,16 @@ impl RawBackend {
         Ok(Self {
             medium,
             size: Cell::new(size),
+            guard: None,
         })
+    }
+
+    /// Refuses writes after which `allowed` would say no to the first sector: a disk whose format was
+    /// guessed must not become one that is guessed differently next time.
+    #[must_use]
+    pub fn guarded(mut self, allowed: fn(&[u8]) -> bool) -> Self {
+        self.guard = Some(allowed);
+        self
     }
 
     /// The medium below.
@@ -65,6 +75,25 @@ impl BlockBackend for RawBackend {
     }
 
     fn write(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
+        if let Some(allowed) = self.guard.filter(|_| offset == 0) {
+            let mut first = [0; 512];
+            let length = first.len().min(buf.len());
+            buf.copy_to(&mut first[..length]);
+            if !allowed(&first[..length]) {
+                let message = "this write would turn a disk whose format was guessed as raw into an \
+                               image of another format: name the format to allow it";
+                return Box::pin(async move { Err(BlockError::new(ErrorKind::Refused, message)) });
+            }
+            // What was checked is what is written, whatever the guest does meanwhile.
+            let rest = buf.slice(length, buf.len() - length);
+            let checked = IoBuf::from_slice(&first[..length]);
+            let whole = if rest.is_empty() {
+                checked
+            } else {
+                IoBuf::concat(&[checked, rest])
+            };
+            return self.medium.write(offset, whole);
+        }
         self.medium.write(offset, buf)
     }
 

@@ -37,14 +37,18 @@ impl WaitQueue {
 }
 
 /// Locks on ranges of bytes: shared ones among each other are free, an exclusive one overlaps nothing.
+/// First come, first served, so nobody waits forever; a task must not ask for a second range while it
+/// holds one.
 #[derive(Default)]
 pub struct RangeLocks {
-    held: RefCell<Vec<Held>>,
+    /// In the order of arrival.
+    entries: RefCell<Vec<RangeEntry>>,
     next: Cell<u64>,
+    waiting: Cell<usize>,
     released: WaitQueue,
 }
 
-struct Held {
+struct RangeEntry {
     start: u64,
     end: u64,
     exclusive: bool,
@@ -70,37 +74,81 @@ impl RangeLocks {
 
     async fn acquire(&self, start: u64, length: u64, exclusive: bool) -> RangeGuard<'_> {
         let end = start.saturating_add(length);
-        loop {
-            let blocked =
-                self.held.borrow().iter().any(|held| {
-                    held.start < end && start < held.end && (exclusive || held.exclusive)
-                });
-            if !blocked {
-                break;
-            }
-            self.released.wait().await;
-        }
         let number = self.next.get();
         self.next.set(number.wrapping_add(1));
-        self.held.borrow_mut().push(Held {
+        self.entries.borrow_mut().push(RangeEntry {
             start,
             end,
             exclusive,
             number,
         });
-        RangeGuard {
+        let guard = RangeGuard {
             locks: self,
             number,
+        };
+        while self.is_blocked(start, end, exclusive, number) {
+            self.waiting.set(self.waiting.get() + 1);
+            self.released.wait().await;
         }
+        guard
+    }
+
+    /// Whether an earlier entry is in the way of this one.
+    fn is_blocked(&self, start: u64, end: u64, exclusive: bool, number: u64) -> bool {
+        let entries = self.entries.borrow();
+        entries
+            .iter()
+            .take_while(|entry| entry.number != number)
+            .any(|entry| entry.start < end && start < entry.end && (exclusive || entry.exclusive))
     }
 }
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
         self.locks
-            .held
+            .entries
             .borrow_mut()
-            .retain(|held| held.number != self.number);
-        self.locks.released.wake_all();
+            .retain(|entry| entry.number != self.number);
+        if self.locks.waiting.replace(0) > 0 {
+            self.locks.released.wake_all();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::{block_on, spawn_local, yield_now};
+    use std::rc::Rc;
+
+    #[test]
+    fn exclusive_ranges_wait_and_later_shared_ones_queue_behind() {
+        block_on(async {
+            let locks = Rc::new(RangeLocks::default());
+            let order = Rc::new(RefCell::new(Vec::new()));
+            let first = locks.share(0, 10).await;
+            let spawn = |name: &'static str, start, exclusive| {
+                let (locks, order) = (locks.clone(), order.clone());
+                spawn_local(async move {
+                    let _held = locks.acquire(start, 10, exclusive).await;
+                    order.borrow_mut().push(name);
+                    yield_now().await;
+                })
+            };
+            let tasks = [
+                spawn("exclusive", 5, true),
+                spawn("shared", 0, false),
+                spawn("far", 100, true),
+            ];
+            yield_now().await;
+            yield_now().await;
+            assert_eq!(*order.borrow(), ["far"]);
+            drop(first);
+            for task in tasks {
+                task.await;
+            }
+            assert_eq!(*order.borrow(), ["far", "exclusive", "shared"]);
+        })
+        .unwrap();
     }
 }

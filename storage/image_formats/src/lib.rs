@@ -1,1 +1,15 @@
-//! Disk-image formats: raw, qcow2.
+//! Disk image formats. Each has its parsers apart from I/O, so that they can be fuzzed.
+
+// Sizes and offsets in memory are at most a few MiB, checked where they come in; a 64-bit host is assumed.
+#![allow(clippy::cast_possible_truncation)]
+
+pub mod deflate;
+mod open;
+mod probe;
+pub mod qcow2;
+
+pub use open::{
+    External, Image, ImageOptions, Opener, create_file, local_path, open_disk, open_image,
+    resolve_name,
+};
+pub use probe::{probe, probe_bytes};

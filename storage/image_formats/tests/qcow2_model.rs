@@ -1,0 +1,82 @@
+//! Random operation sequences on qcow2 against a plain model, then the same image read by qemu-img.
+
+mod support;
+
+use std::rc::Rc;
+
+use block::{BlockBackend, Medium, MemoryMedium, executor};
+use image_formats::qcow2::{CreateOptions, Repair};
+use proptest::prelude::*;
+use support::{
+    Model, Op, SIZE, any_op, any_options, disk, make, qemu_img_ok, read_all, run_op, text,
+};
+
+fn run(options: &CreateOptions, ops: &[Op]) -> (Vec<u8>, Model) {
+    executor::block_on(async {
+        let memory = Rc::new(MemoryMedium::new(0));
+        let medium: Rc<dyn Medium> = memory.clone();
+        let mut image = make(&medium, options).await;
+        let mut model = Model::new(vec![0; SIZE as usize]);
+        for op in ops {
+            image = run_op(&medium, image, &mut model, op).await;
+            let seen = read_all(&disk(&image)).await;
+            if seen != model.bytes {
+                let at = (0..seen.len())
+                    .find(|n| seen[*n] != model.bytes[*n])
+                    .unwrap();
+                panic!(
+                    "after {op:?} byte {at} is {} instead of {}",
+                    seen[at], model.bytes[at]
+                );
+            }
+        }
+        image.close().await.unwrap();
+        drop(image);
+        let image = support::reopen(&medium).await;
+        assert!(
+            read_all(&disk(&image)).await == model.bytes,
+            "content changed by closing"
+        );
+        let report = image.check(Repair::None).await.unwrap();
+        assert_eq!(
+            (report.corruptions, report.leaks),
+            (0, 0),
+            "{:?}",
+            report.messages
+        );
+        let ids: Vec<String> = image.snapshots().iter().map(|s| s.id.clone()).collect();
+        assert_eq!(ids.len(), model.snapshots.len());
+        let bytes = memory.to_vec();
+        // Each snapshot still has what it had.
+        for (id, content) in ids.iter().zip(&model.snapshots) {
+            if image.apply_snapshot(id).await.is_ok() {
+                assert!(
+                    read_all(&disk(&image)).await == *content,
+                    "snapshot {id} changed"
+                );
+            }
+        }
+        (bytes, model)
+    })
+    .unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 100, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_operations_match_the_model_and_qemu_img(
+        options in any_options(),
+        ops in prop::collection::vec(any_op(), 1..30),
+    ) {
+        let (bytes, model) = run(&options, &ops);
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image.qcow2");
+        let raw = directory.path().join("raw");
+        std::fs::write(&image, &bytes).unwrap();
+        if qemu_img_ok(&["check", "-f", "qcow2", text(&image)]).is_some() {
+            qemu_img_ok(&["convert", "-f", "qcow2", "-O", "raw", text(&image), text(&raw)]);
+            prop_assert!(std::fs::read(&raw).unwrap() == model.bytes, "qemu-img reads other data");
+        }
+    }
+}
