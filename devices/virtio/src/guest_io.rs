@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)] // Both forms are raw views of guest memory.
 
+use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 
 use block::{IoBuf, KeepAlive, Segment};
@@ -44,4 +45,44 @@ fn keep_alive(slices: &[GuestSlice]) -> KeepAlive {
         }
     }
     Arc::new(backings)
+}
+
+/// Adds the buffers from `skip` bytes on to a list for `writev`.
+pub(crate) fn io_slices<'a, const N: usize>(
+    buffers: &'a Buffers,
+    skip: usize,
+    list: &mut SmallVec<[IoSlice<'a>; N]>,
+) {
+    let mut skip = skip;
+    for slice in buffers.slices() {
+        let at = skip.min(slice.len());
+        skip -= at;
+        if at < slice.len() {
+            // SAFETY: the slice lies in a live mapping for as long as `buffers` is borrowed. The bytes may change under the
+            // reader, and the seam of network links says so: they are copied before they are looked at.
+            let bytes =
+                unsafe { std::slice::from_raw_parts(slice.as_ptr().add(at), slice.len() - at) };
+            list.push(IoSlice::new(bytes));
+        }
+    }
+}
+
+/// Adds the buffers from `skip` bytes on to a list for `readv`. Who lets it be written calls [`Buffers::written`] afterwards.
+pub(crate) fn io_slices_mut<'a, const N: usize>(
+    buffers: &'a mut Buffers,
+    skip: usize,
+    list: &mut SmallVec<[IoSliceMut<'a>; N]>,
+) {
+    let mut skip = skip;
+    for slice in buffers.slices() {
+        let at = skip.min(slice.len());
+        skip -= at;
+        if at < slice.len() {
+            // SAFETY: as in `io_slices`. A guest may name the same bytes twice; links only copy into the pieces, one after
+            // the other, and never read them.
+            let bytes =
+                unsafe { std::slice::from_raw_parts_mut(slice.as_ptr().add(at), slice.len() - at) };
+            list.push(IoSliceMut::new(bytes));
+        }
+    }
 }

@@ -3,7 +3,7 @@
 //! * [`queue`]: virtqueues, split and packed.
 //! * [`device`]: what a device is to its transport.
 //! * [`transport`]: modern virtio over PCI.
-//! * The devices: [`blk`], [`rng`].
+//! * The devices: [`blk`], [`net`], [`rng`].
 //! * [`spec`]: numbers that all devices share.
 //!
 //! A vCPU's access to a device's registers is handled on the vCPU's thread, under the transport's lock; doorbells only signal
@@ -14,6 +14,7 @@ pub mod blk;
 pub mod device;
 mod doorbell;
 mod guest_io;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod spec;
