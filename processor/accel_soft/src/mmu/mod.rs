@@ -15,8 +15,8 @@ use crate::cpu::{Access, Cpu, Exception, Mapping, Privilege, Result};
 
 pub(crate) use tlb::Tlb;
 use tlb::{Entered, Kind};
-use walk::{Paging, PagingMode, Request, Tables, Walked};
 pub(crate) use walk::{LINEAR_BITS, PHYSICAL_BITS};
+use walk::{Paging, PagingMode, Request, Tables, Walked};
 
 /// What address translation keeps besides its buffers.
 #[derive(Debug, Default)]
@@ -39,7 +39,8 @@ struct HostPage {
 
 fn find(map: &[Region], physical: u64) -> Option<&Region> {
     let after = map.partition_point(|r| r.base <= physical);
-    map.get(after.checked_sub(1)?).filter(|r| physical < r.end())
+    map.get(after.checked_sub(1)?)
+        .filter(|r| physical < r.end())
 }
 
 /// Host address of a guest-physical address.
@@ -57,7 +58,12 @@ impl Memory<'_> {
     fn noted(&self, physical: u64, len: u64) {
         if let Some(region) = find(self.map, physical) {
             let offset = region.offset + (physical - region.base);
-            if region.backing.page_flag(offset / PAGE_SIZE).load(Ordering::SeqCst) != 0 {
+            if region
+                .backing
+                .page_flag(offset / PAGE_SIZE)
+                .load(Ordering::SeqCst)
+                != 0
+            {
                 region.backing.note_write(offset, len);
             }
         }
@@ -260,9 +266,7 @@ impl Cpu {
     /// # Errors
     /// #GP for reserved bits.
     pub(crate) fn load_pdptes(&mut self, cr0: Cr0, cr3: u64, cr4: Cr4) -> Result<()> {
-        let pae = cr0.contains(Cr0::PG)
-            && cr4.contains(Cr4::PAE)
-            && !self.efer.contains(Efer::LMA);
+        let pae = cr0.contains(Cr0::PG) && cr4.contains(Cr4::PAE) && !self.efer.contains(Efer::LMA);
         if !pae {
             return Ok(());
         }
@@ -304,13 +308,6 @@ impl Cpu {
     /// Forgets all translations, as a change of CR0, CR4 or EFER that they depend on makes a processor do.
     pub(crate) fn flush_translations(&mut self) {
         self.update_paging();
-        self.tlb.flush_all();
-        self.leave_block = true;
-    }
-
-    /// Takes over a changed map of guest memory.
-    pub(crate) fn refresh_memory_map(&mut self) {
-        self.memory_map = self.machine.memory.regions();
         self.tlb.flush_all();
         self.leave_block = true;
     }

@@ -214,8 +214,8 @@ pub(crate) struct Tlb {
     data: [*const DataEntry; 2],
     /// The instruction buffers in use.
     fetch: [*const FetchEntry; 2],
-    /// Rises whenever an entry goes or the buffers in use change: what was learnt from a fetch under an older number is no
-    /// longer sure.
+    /// Rises whenever an entry is told to go or the address space changes: what was learnt from a fetch under an older number
+    /// is no longer sure.
     pub(crate) epoch: u64,
     kind: Kind,
     high: Buffers,
@@ -274,9 +274,6 @@ impl Tlb {
     pub(crate) fn select(&mut self, user: bool, smap: bool) {
         let kind = Kind::new(user, smap);
         if kind != self.kind {
-            if (kind == Kind::User) != (self.kind == Kind::User) {
-                self.epoch += 1;
-            }
             self.kind = kind;
             self.point();
         }

@@ -188,9 +188,21 @@ impl Paging {
         let beyond = nx | if level4 { BEYOND } else { PAE_BEYOND };
         let large_2m = Some(beyond | 0x1f_e000);
         let all = [
-            Level { shift: 39, reserved_table: beyond | LARGE, reserved_page: None },
-            Level { shift: 30, reserved_table: beyond, reserved_page: Some(beyond | 0x3fff_e000) },
-            Level { shift: 21, reserved_table: beyond, reserved_page: large_2m },
+            Level {
+                shift: 39,
+                reserved_table: beyond | LARGE,
+                reserved_page: None,
+            },
+            Level {
+                shift: 30,
+                reserved_table: beyond,
+                reserved_page: Some(beyond | 0x3fff_e000),
+            },
+            Level {
+                shift: 21,
+                reserved_table: beyond,
+                reserved_page: large_2m,
+            },
         ];
         let (levels, mut table) = if level4 {
             (&all[..], self.cr3 & ADDRESS)
@@ -220,7 +232,13 @@ impl Paging {
             rights &= entry;
             deny |= entry & NO_EXECUTE;
             if page {
-                return self.leaf_64(tables, (at, entry, level.shift), linear, request, (rights, deny));
+                return self.leaf_64(
+                    tables,
+                    (at, entry, level.shift),
+                    linear,
+                    request,
+                    (rights, deny),
+                );
             }
             if entry & ACCESSED == 0 && !tables.exchange_u64(at, entry, entry | ACCESSED) {
                 return None;
@@ -289,8 +307,7 @@ impl Paging {
             let physical = base | (linear & 0x3f_ffff);
             return self.leaf_32(tables, (at, entry, 22), physical, request, entry);
         }
-        if entry & ACCESSED as u32 == 0
-            && !tables.exchange_u32(at, entry, entry | ACCESSED as u32)
+        if entry & ACCESSED as u32 == 0 && !tables.exchange_u32(at, entry, entry | ACCESSED as u32)
         {
             return None;
         }
@@ -407,7 +424,14 @@ mod tests {
 
     /// The page-fault error code or physical address by the manual's tables, written without regard to how the walker
     /// works: `entries` from the top, the last one maps a page of `size` bytes.
-    fn model(p: &Paging, r: Request, entries: &[u64], reserved: &[u64], base: u64, offset: u64) -> Result<u64, u32> {
+    fn model(
+        p: &Paging,
+        r: Request,
+        entries: &[u64],
+        reserved: &[u64],
+        base: u64,
+        offset: u64,
+    ) -> Result<u64, u32> {
         let wide = p.mode != PagingMode::Bits32;
         let fetch_bit = r.fetch && (p.smep || (wide && p.no_execute));
         let code = u32::from(r.write) << 1 | u32::from(r.user) << 2 | u32::from(fetch_bit) << 4;
@@ -438,16 +462,22 @@ mod tests {
 
     /// Rights, ignored bits and now and then a reserved one, on top of an address.
     fn any_bits() -> impl Strategy<Value = u64> {
-        (0..8u64, prop::bool::weighted(0.9), prop::bool::weighted(0.2), 0..12u32).prop_map(|(low, present, nx, odd)| {
-            let odd = match odd {
-                0 => 1 << 50,
-                1 => 1 << 60,
-                2 => 1 << 8 | 1 << 9,
-                3 => 1 << 5 | 1 << 6,
-                _ => 0,
-            };
-            low | u64::from(present) | u64::from(nx) << 63 | odd
-        })
+        (
+            0..8u64,
+            prop::bool::weighted(0.9),
+            prop::bool::weighted(0.2),
+            0..12u32,
+        )
+            .prop_map(|(low, present, nx, odd)| {
+                let odd = match odd {
+                    0 => 1 << 50,
+                    1 => 1 << 60,
+                    2 => 1 << 8 | 1 << 9,
+                    3 => 1 << 5 | 1 << 6,
+                    _ => 0,
+                };
+                low | u64::from(present) | u64::from(nx) << 63 | odd
+            })
     }
 
     proptest! {
@@ -536,8 +566,17 @@ mod tests {
 
     #[test]
     fn large_pages_check_their_reserved_bits() {
-        let p = Paging { mode: PagingMode::Level4, cr3: 0x1000, ..Paging::default() };
-        let r = Request { write: false, fetch: false, user: false, smap: false };
+        let p = Paging {
+            mode: PagingMode::Level4,
+            cr3: 0x1000,
+            ..Paging::default()
+        };
+        let r = Request {
+            write: false,
+            fetch: false,
+            user: false,
+            smap: false,
+        };
         let mut m = Memory::default();
         m.0.insert(0x1000, 0x2003);
         m.0.insert(0x2000, 0x4000_0083);
@@ -552,7 +591,12 @@ mod tests {
         assert_eq!(p.walk(&mut m, 0x12_3456, r), Err(9));
         m.0.insert(0x1000, 0x2083);
         assert_eq!(p.walk(&mut m, 0, r), Err(9));
-        let p = Paging { mode: PagingMode::Bits32, cr3: 0x1000, large_pages: true, ..p };
+        let p = Paging {
+            mode: PagingMode::Bits32,
+            cr3: 0x1000,
+            large_pages: true,
+            ..p
+        };
         m.0.insert(0x1000, 0x0020_0083);
         assert_eq!(p.walk(&mut m, 0, r), Err(9));
         m.0.insert(0x1000, 0x0040_6083);
@@ -564,18 +608,40 @@ mod tests {
         let mut m = Memory::default();
         m.0.insert(0x1020, 0x2001);
         m.0.insert(0x1028, 0x1e6); // not present: nothing is reserved
-        assert_eq!(Paging::load_pdptes(&mut m, 0x1020), Some([0x2001, 0x1e6, 0, 0]));
+        assert_eq!(
+            Paging::load_pdptes(&mut m, 0x1020),
+            Some([0x2001, 0x1e6, 0, 0])
+        );
         m.0.insert(0x1030, 0x2003);
         assert_eq!(Paging::load_pdptes(&mut m, 0x1020), None);
-        let p = Paging { mode: PagingMode::Pae, pdpte: [0; 4], ..Paging::default() };
-        let r = Request { write: true, fetch: false, user: true, smap: false };
+        let p = Paging {
+            mode: PagingMode::Pae,
+            pdpte: [0; 4],
+            ..Paging::default()
+        };
+        let r = Request {
+            write: true,
+            fetch: false,
+            user: true,
+            smap: false,
+        };
         assert_eq!(p.walk(&mut m, 0, r), Err(6));
     }
 
     #[test]
     fn without_paging_addresses_are_physical() {
         let p = Paging::default();
-        let r = Request { write: true, fetch: false, user: true, smap: false };
-        assert_eq!(p.walk(&mut Memory::default(), 0xffff_fff0, r).unwrap().physical, 0xffff_fff0);
+        let r = Request {
+            write: true,
+            fetch: false,
+            user: true,
+            smap: false,
+        };
+        assert_eq!(
+            p.walk(&mut Memory::default(), 0xffff_fff0, r)
+                .unwrap()
+                .physical,
+            0xffff_fff0
+        );
     }
 }

@@ -73,7 +73,11 @@ impl Cpu {
         if self.long_mode() && value >> PHYSICAL_BITS != 0 {
             return Err(self.gp(0));
         }
-        let value = if self.long_mode() { value } else { value & 0xffff_ffff };
+        let value = if self.long_mode() {
+            value
+        } else {
+            value & 0xffff_ffff
+        };
         self.load_pdptes(self.cr0, value, self.cr4)?;
         self.cr3 = value;
         self.switch_address_space(keep);

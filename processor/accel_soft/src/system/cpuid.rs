@@ -23,7 +23,8 @@ const MAX_EXTENDED: u32 = 0x8000_0008;
 const SIGNATURE: u32 = 0x0008_06f8;
 /// Leaf 0x4000_0010: frequencies in kHz.
 const KVM_TIMING: u32 = 0x4000_0010;
-const BRAND: &[u8; 48] = b"Corten software CPU\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+const BRAND: &[u8; 48] =
+    b"Corten software CPU\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 fn bit(set: bool, n: u32) -> u32 {
     u32::from(set) << n
@@ -157,11 +158,7 @@ fn hypervisor_leaves(tsc_khz: u32) -> [CpuidEntry; 3] {
     [
         entry(KVM_SIGNATURE, None, [KVM_TIMING, name(0), name(4), name(8)]),
         entry(KVM_FEATURES, None, [paravirt::FEATURES, 0, 0, 0]),
-        entry(
-            KVM_TIMING,
-            None,
-            [tsc_khz, (TIMER_HZ / 1000) as u32, 0, 0],
-        ),
+        entry(KVM_TIMING, None, [tsc_khz, (TIMER_HZ / 1000) as u32, 0, 0]),
     ]
 }
 
@@ -176,7 +173,11 @@ fn extended_leaves() -> Vec<CpuidEntry> {
     ];
     for (i, part) in BRAND.chunks_exact(16).enumerate() {
         let w = |n: usize| word(&part[n * 4..n * 4 + 4]);
-        all.push(entry(0x8000_0002 + i as u32, None, [w(0), w(1), w(2), w(3)]));
+        all.push(entry(
+            0x8000_0002 + i as u32,
+            None,
+            [w(0), w(1), w(2), w(3)],
+        ));
     }
     all.extend([
         entry(0x8000_0005, None, [0; 4]),
@@ -184,7 +185,11 @@ fn extended_leaves() -> Vec<CpuidEntry> {
         entry(0x8000_0006, None, [0, 0, 512 << 16 | 6 << 12 | 64, 0]),
         // Invariant TSC.
         entry(0x8000_0007, None, [0, 0, 0, 1 << 8]),
-        entry(0x8000_0008, None, [LINEAR_BITS << 8 | PHYSICAL_BITS, 0, 0, 0]),
+        entry(
+            0x8000_0008,
+            None,
+            [LINEAR_BITS << 8 | PHYSICAL_BITS, 0, 0, 0],
+        ),
     ]);
     all
 }
@@ -281,7 +286,10 @@ mod tests {
         let seven = find(&all, 7, Some(0));
         // No VMX, SMX, MONITOR, DCA, PDCM; no MPX, AVX-512, PT, RTM, HLE, PKU, LA57, CET.
         assert_eq!(one.ecx & bits(&[2, 3, 5, 6, 15, 18]), 0);
-        assert_eq!(seven.ebx & bits(&[2, 4, 11, 14, 16, 17, 25, 26, 27, 28, 30, 31]), 0);
+        assert_eq!(
+            seven.ebx & bits(&[2, 4, 11, 14, 16, 17, 25, 26, 27, 28, 30, 31]),
+            0
+        );
         assert_eq!(seven.ecx & bits(&[3, 7, 16, 25, 27, 28]), 0);
         assert_eq!(seven.edx & bits(&[2, 3, 22, 23, 24, 25]), 0);
         // AVX and what rests on it go together with its state component.

@@ -252,12 +252,23 @@ mod tests {
 
     #[test]
     fn limits_of_both_directions() {
-        let up = Segment { limit: 0xfff, attributes: 0x93, ..Segment::default() };
+        let up = Segment {
+            limit: 0xfff,
+            attributes: 0x93,
+            ..Segment::default()
+        };
         assert!(in_limit(&up, 0xffc, 4) && !in_limit(&up, 0xffd, 4));
-        let down = Segment { limit: 0xfff, attributes: 0x97, ..Segment::default() };
+        let down = Segment {
+            limit: 0xfff,
+            attributes: 0x97,
+            ..Segment::default()
+        };
         assert!(!in_limit(&down, 0xfff, 1) && in_limit(&down, 0x1000, 1));
         assert!(in_limit(&down, 0xfffc, 4) && !in_limit(&down, 0xfffd, 4));
-        let big = Segment { attributes: 0x97 | ATTR_BIG, ..down };
+        let big = Segment {
+            attributes: 0x97 | ATTR_BIG,
+            ..down
+        };
         assert!(in_limit(&big, 0xffff_fffc, 4) && !in_limit(&big, 0xffff_fffd, 4));
         assert!(in_limit(&big, 0x1_0000, 4));
     }

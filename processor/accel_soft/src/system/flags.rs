@@ -3,7 +3,6 @@
 use x86_defs::control::{Cr4, Rflags};
 use x86_defs::state::SS;
 
-
 use crate::cpu::{Cpu, Op, Result, Status, Value};
 
 /// The status flags in RFLAGS.

@@ -493,7 +493,11 @@ impl Cpu {
         self.segments[CS].selector = cs;
         self.segments[CS].base = u64::from(cs) << 4;
         self.rip = rip;
-        let upper = if size == 2 { 0xffff_0000 & !Rflags::VIF.bits() } else { 0 };
+        let upper = if size == 2 {
+            0xffff_0000 & !Rflags::VIF.bits()
+        } else {
+            0
+        };
         let kept = kept | upper;
         let new = self.rflags() & kept | image & !kept & 0xffff_ffff;
         self.set_rflags(new);
@@ -564,7 +568,14 @@ impl Cpu {
             *value = self.pop_from(&mut stack, 4)?;
         }
         let [sp, ss, es, ds, fs, gs] = values;
-        for (seg, selector) in [(ES, es), (CS, u64::from(cs)), (SS, ss), (DS, ds), (FS, fs), (GS, gs)] {
+        for (seg, selector) in [
+            (ES, es),
+            (CS, u64::from(cs)),
+            (SS, ss),
+            (DS, ds),
+            (FS, fs),
+            (GS, gs),
+        ] {
             self.segments[seg] = virtual_segment(selector as u16);
         }
         self.cpl = 3;

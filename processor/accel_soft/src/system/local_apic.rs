@@ -61,7 +61,11 @@ impl Cpu {
     pub(crate) fn apic_timer(&mut self) {
         let now = self.machine.clock.now();
         let deadline = self.apic.deadline();
-        let at = if deadline == 0 { now } else { self.time_of_tsc(deadline) };
+        let at = if deadline == 0 {
+            now
+        } else {
+            self.time_of_tsc(deadline)
+        };
         self.apic.timer_fired(|_| at);
     }
 

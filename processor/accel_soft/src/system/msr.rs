@@ -170,7 +170,11 @@ impl PlainMsrs {
             }
             MTRR_FIRST_VARIABLE..=MTRR_LAST_VARIABLE => {
                 let mask_register = msr & 1 != 0;
-                let low = if mask_register { value & 0x7ff } else { value & 0xf00 };
+                let low = if mask_register {
+                    value & 0x7ff
+                } else {
+                    value & 0xf00
+                };
                 let types = mask_register || memory_types(value & 0xff, false);
                 allow(value >> PHYSICAL_BITS == 0 && low == 0 && types)?;
                 self.mtrr_variable[(msr - MTRR_FIRST_VARIABLE) as usize] = value;
@@ -222,7 +226,7 @@ fn plain_numbers() -> impl Iterator<Item = u32> {
 }
 
 /// The other MSRs that a saved state carries, in an order in which they can be restored.
-const SAVED: [u32; 16] = [
+const SAVED: [u32; 17] = [
     name::TSC_ADJUST,
     name::TSC,
     name::SYSENTER_CS,
@@ -237,6 +241,7 @@ const SAVED: [u32; 16] = [
     name::TSC_DEADLINE,
     super::paravirt::WALL_CLOCK,
     super::paravirt::SYSTEM_TIME,
+    super::paravirt::STEAL_TIME,
     super::paravirt::PV_EOI,
     super::paravirt::POLL_CONTROL,
 ];
@@ -280,7 +285,7 @@ impl Cpu {
     // ---- Reading and writing by number ----
 
     /// Reads an MSR; `None` is #GP.
-    pub(super) fn read_msr(&mut self, msr: u32) -> Option<u64> {
+    pub(super) fn read_msr(&self, msr: u32) -> Option<u64> {
         let s = &self.system;
         Some(match msr {
             name::TSC => self.tsc(),
@@ -290,10 +295,7 @@ impl Cpu {
             name::SYSENTER_ESP => s.sysenter_esp,
             name::SYSENTER_EIP => s.sysenter_eip,
             name::TSC_DEADLINE => self.apic.deadline(),
-            name::X2APIC_FIRST..=name::X2APIC_LAST => {
-                self.settle_deferred_eoi();
-                self.apic.read_msr(msr).ok()?
-            }
+            name::X2APIC_FIRST..=name::X2APIC_LAST => self.apic.read_msr(msr).ok()?,
             name::EFER => self.efer.bits(),
             name::STAR => s.star,
             name::LSTAR => s.lstar,
@@ -372,7 +374,7 @@ impl Cpu {
     }
 
     /// The MSRs of a saved state.
-    pub(super) fn save_msrs(&mut self) -> Vec<(u32, u64)> {
+    pub(super) fn save_msrs(&self) -> Vec<(u32, u64)> {
         let mut all: Vec<_> = SAVED
             .into_iter()
             .filter_map(|msr| Some((msr, self.read_msr(msr)?)))
@@ -408,7 +410,11 @@ impl Cpu {
 
 pub(super) fn rdmsr(cpu: &mut Cpu, _: &Op) -> Result<()> {
     cpu.need_supervisor()?;
-    let Some(value) = cpu.read_msr(cpu.regs[RCX] as u32) else {
+    let msr = cpu.regs[RCX] as u32;
+    if (name::X2APIC_FIRST..=name::X2APIC_LAST).contains(&msr) {
+        cpu.settle_deferred_eoi();
+    }
+    let Some(value) = cpu.read_msr(msr) else {
         return Err(cpu.gp(0));
     };
     cpu.regs[RAX] = value & 0xffff_ffff;

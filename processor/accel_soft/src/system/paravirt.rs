@@ -161,7 +161,9 @@ impl Cpu {
     /// The wall clock at guest time zero.
     fn write_wall_clock(&self, physical: u64) {
         let clock = &self.machine.clock;
-        let zero = clock.wall().saturating_sub(std::time::Duration::from_nanos(clock.now()));
+        let zero = clock
+            .wall()
+            .saturating_sub(std::time::Duration::from_nanos(clock.now()));
         let mut version = [0; 4];
         let _ = self.machine.memory.read(physical, &mut version);
         let version = u32::from_le_bytes(version) | 1;
@@ -228,7 +230,11 @@ impl Cpu {
 
     /// The record's byte that says whether this vCPU runs.
     fn with_preempted<R>(&self, f: impl FnOnce(&AtomicU8) -> R) -> Option<R> {
-        let slice = self.machine.memory.slice(self.steal_record()? + 16, 1).ok()?;
+        let slice = self
+            .machine
+            .memory
+            .slice(self.steal_record()? + 16, 1)
+            .ok()?;
         // SAFETY: one live byte of guest memory, which the slice keeps mapped; all others use it by atomics or raw accesses.
         let result = f(unsafe { AtomicU8::from_ptr(slice.as_ptr()) });
         slice.written(1);
@@ -321,7 +327,11 @@ impl Cpu {
         let word_bits = if self.mode.is_64bit() { 64 } else { 32 };
         let mut sent = 0;
         for (i, word) in bitmap.into_iter().enumerate() {
-            let mut rest = if word_bits == 64 { word } else { word & 0xffff_ffff };
+            let mut rest = if word_bits == 64 {
+                word
+            } else {
+                word & 0xffff_ffff
+            };
             while rest != 0 {
                 let bit = rest.trailing_zeros();
                 rest &= rest - 1;
@@ -338,7 +348,11 @@ impl Cpu {
 
 /// VMCALL and VMMCALL.
 pub(super) fn vmcall(cpu: &mut Cpu, _: &Op) -> Result<()> {
-    let mask = if cpu.mode.is_64bit() { u64::MAX } else { 0xffff_ffff };
+    let mask = if cpu.mode.is_64bit() {
+        u64::MAX
+    } else {
+        0xffff_ffff
+    };
     const RBX: usize = x86_defs::state::RBX;
     const RSI: usize = x86_defs::state::RSI;
     let arguments = [RBX, RCX, RDX, RSI].map(|r| cpu.regs[r] & mask);
@@ -360,7 +374,11 @@ mod tests {
         for khz in [1_000_000, 2_000_000, 2_100_000, 999_999, 3_700_001, 19_200] {
             let (multiplier, shift) = scale(khz);
             let ticks = u128::from(khz) * 1000 * 5;
-            let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
+            let shifted = if shift < 0 {
+                ticks >> -shift
+            } else {
+                ticks << shift
+            };
             let ns = shifted * u128::from(multiplier) >> 32;
             assert!(ns.abs_diff(5_000_000_000) <= 10, "{khz}: {ns}");
         }

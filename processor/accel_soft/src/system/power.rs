@@ -23,7 +23,8 @@ const RESET_DATA: Segment = Segment {
 };
 
 impl Cpu {
-    /// Puts everything into the state after power-up or RESET (SDM volume 3, table 11-1), and calls `update_mode`.
+    /// Puts everything into the state after power-up or RESET (SDM volume 3, table 11-1), and calls `update_mode`. The
+    /// time-stamp counters of all processors count from the machine's start, and so agree.
     pub(crate) fn power_up(&mut self) {
         self.system = SystemState::default();
         self.x87 = X87::default();
@@ -31,12 +32,14 @@ impl Cpu {
         self.xcr0 = Xcr0::X87;
         self.cr0 = Cr0::CD | Cr0::NW | Cr0::ET;
         self.dr = [0; 4];
-        // The time-stamp counter starts at zero.
-        self.system.tsc_offset = 0u64.wrapping_sub(self.tsc_at(self.machine.clock.now()));
         self.apic.reset();
         self.reset_registers();
         let bootstrap = self.apic.mailbox().apic_id() == 0;
-        self.waiting = if bootstrap { Waiting::No } else { Waiting::Init };
+        self.waiting = if bootstrap {
+            Waiting::No
+        } else {
+            Waiting::Init
+        };
         self.nmi_pending = false;
     }
 
@@ -46,7 +49,11 @@ impl Cpu {
         self.cr0 = self.cr0 & (Cr0::CD | Cr0::NW) | Cr0::ET;
         self.apic.init();
         self.reset_registers();
-        self.waiting = if bootstrap { Waiting::No } else { Waiting::Sipi };
+        self.waiting = if bootstrap {
+            Waiting::No
+        } else {
+            Waiting::Sipi
+        };
     }
 
     /// What RESET and INIT do alike.
@@ -133,7 +140,11 @@ impl Cpu {
         let high: u8 = self.load_system(self.system_address(self.tr.base, at + 1))?;
         let bits = u32::from(low) | u32::from(high) << 8;
         let mask = ((1u32 << size) - 1) << (port % 8);
-        if bits & mask != 0 { Err(self.gp(0)) } else { Ok(()) }
+        if bits & mask != 0 {
+            Err(self.gp(0))
+        } else {
+            Ok(())
+        }
     }
 
     // ---- Saved state ----
@@ -219,7 +230,8 @@ impl Cpu {
         self.xcr0 = Xcr0::from_bits_truncate(system.xcr0);
         self.set_rflags_without_mode(state.registers.rflags);
         self.restore_events(state);
-        self.restore_area(&state.xsave).map_err(AccelError::BadState)?;
+        self.restore_area(&state.xsave)
+            .map_err(AccelError::BadState)?;
         self.restore_msrs(state)?;
         // PDPTEs with reserved bits were refused when the guest loaded them; memory may have changed since.
         let _ = self.load_pdptes(self.cr0, self.cr3, self.cr4);
@@ -261,7 +273,11 @@ impl Cpu {
         let named = |msr| state.msrs.iter().find(|(m, _)| *m == msr).map(|(_, v)| *v);
         let deadline = named(x86_defs::msr::TSC_DEADLINE).unwrap_or(0);
         let at = self.time_of_tsc(deadline);
-        let page = if state.lapic.is_empty() { self.apic.save() } else { state.lapic.clone() };
+        let page = if state.lapic.is_empty() {
+            self.apic.save()
+        } else {
+            state.lapic.clone()
+        };
         self.apic
             .restore(&page, state.system.apic_base, (deadline, at))
             .map_err(AccelError::BadState)

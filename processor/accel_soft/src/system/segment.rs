@@ -55,10 +55,11 @@ impl Cpu {
     /// #GP, #SS or #NP with the selector, page faults.
     pub(crate) fn load_segment(&mut self, seg: usize, selector: u16) -> Result<()> {
         if !self.protected() {
+            let virtual_8086 = self.virtual_8086();
             let segment = &mut self.segments[seg];
             segment.selector = selector;
             segment.base = u64::from(selector) << 4;
-            if self.virtual_8086() {
+            if virtual_8086 {
                 segment.limit = 0xffff;
                 segment.attributes = ATTR_VIRTUAL_8086;
             }
@@ -158,7 +159,11 @@ impl Cpu {
             return Err(self.gp(0));
         }
         let kinds = [kind::TSS_AVAILABLE, kind::TSS16_AVAILABLE];
-        let kinds = if self.long_mode() { &kinds[..1] } else { &kinds };
+        let kinds = if self.long_mode() {
+            &kinds[..1]
+        } else {
+            &kinds
+        };
         let (d, base) = self.system_segment(selector, kinds)?;
         self.mark_busy(selector, true)?;
         self.tr = Segment {
@@ -227,12 +232,20 @@ impl Cpu {
 
     /// Instructions that know only protected mode: #UD elsewhere.
     fn need_protected(&mut self) -> Result<()> {
-        if self.protected() { Ok(()) } else { Err(self.ud()) }
+        if self.protected() {
+            Ok(())
+        } else {
+            Err(self.ud())
+        }
     }
 
     /// #GP(0) unless at privilege level 0.
     pub(crate) fn need_supervisor(&mut self) -> Result<()> {
-        if self.cpl == 0 { Ok(()) } else { Err(self.gp(0)) }
+        if self.cpl == 0 {
+            Ok(())
+        } else {
+            Err(self.gp(0))
+        }
     }
 
     /// UMIP: SGDT, SIDT, SLDT, SMSW and STR are #GP(0) in user mode.

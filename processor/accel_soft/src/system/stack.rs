@@ -58,7 +58,11 @@ impl Cpu {
 
     /// Replaces the part of the stack pointer that `mask` names. A 32-bit stack pointer clears the upper half.
     pub(super) fn set_stack_pointer_masked(&mut self, sp: u64, mask: u64) {
-        let kept = if mask == 0xffff { self.regs[RSP] & !0xffff } else { 0 };
+        let kept = if mask == 0xffff {
+            self.regs[RSP] & !0xffff
+        } else {
+            0
+        };
         self.regs[RSP] = kept | (sp & mask);
     }
 

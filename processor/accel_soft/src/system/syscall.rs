@@ -62,7 +62,11 @@ pub(super) fn sysret<T: Value>(cpu: &mut Cpu, _: &Op) -> Result<()> {
     let flags = cpu.regs[11] & 0x3c_7fd7;
     cpu.set_rflags_without_mode(flags);
     cpu.rip = if long { rip } else { rip & 0xffff_ffff };
-    let (cs, code) = if long { (star.wrapping_add(16), CODE64) } else { (star, CODE32) };
+    let (cs, code) = if long {
+        (star.wrapping_add(16), CODE64)
+    } else {
+        (star, CODE32)
+    };
     cpu.enter_flat(cs, code, star.wrapping_add(8), 3);
     Ok(())
 }

@@ -76,7 +76,11 @@ const LAYOUT16: Layout = Layout {
 };
 
 fn layout(attributes: u32) -> &'static Layout {
-    if attributes & 8 != 0 { &LAYOUT32 } else { &LAYOUT16 }
+    if attributes & 8 != 0 {
+        &LAYOUT32
+    } else {
+        &LAYOUT16
+    }
 }
 
 impl Cpu {
@@ -267,7 +271,11 @@ impl Cpu {
         let flags = image.flags | upper | if nested { Rflags::NT.bits() } else { 0 };
         self.rip = image.rip;
         for (i, value) in image.gpr.iter().enumerate() {
-            self.regs[i] = if wide { *value } else { self.regs[i] & 0xffff_0000 | value };
+            self.regs[i] = if wide {
+                *value
+            } else {
+                self.regs[i] & 0xffff_0000 | value
+            };
         }
         for seg in 0..6 {
             self.segments[seg] = null_segment(image.segments[seg], 0);
@@ -309,11 +317,19 @@ impl Cpu {
         let cs = selectors[CS];
         let code = code_of(cs);
         let cpl = cs as u8 & 3;
-        let descriptor = if is_null(cs) { None } else { self.read_descriptor(cs)? };
+        let descriptor = if is_null(cs) {
+            None
+        } else {
+            self.read_descriptor(cs)?
+        };
         let Some(d) = descriptor else {
             return Err(self.ts(code));
         };
-        let level = if d.is_conforming() { d.dpl() <= cpl } else { d.dpl() == cpl };
+        let level = if d.is_conforming() {
+            d.dpl() <= cpl
+        } else {
+            d.dpl() == cpl
+        };
         if !d.is_code() || !level {
             return Err(self.ts(code));
         }
@@ -339,7 +355,11 @@ impl Cpu {
 
     fn load_task_stack(&mut self, selector: u16) -> Result<()> {
         let code = code_of(selector);
-        let descriptor = if is_null(selector) { None } else { self.read_descriptor(selector)? };
+        let descriptor = if is_null(selector) {
+            None
+        } else {
+            self.read_descriptor(selector)?
+        };
         let Some(d) = descriptor else {
             return Err(self.ts(code));
         };

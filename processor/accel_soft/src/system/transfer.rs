@@ -244,7 +244,10 @@ impl Cpu {
         let (cs, rip) = (u64::from(self.segments[CS].selector), self.rip);
         let ss = u64::from(self.segments[SS].selector);
         if target.cpl == self.cpl {
-            let mut stack = Stack { flat: old.flat || size == 8, ..old };
+            let mut stack = Stack {
+                flat: old.flat || size == 8,
+                ..old
+            };
             self.push_on(&mut stack, size, cs)?;
             self.push_on(&mut stack, size, rip)?;
             self.check_target(&target, offset)?;
@@ -267,7 +270,13 @@ impl Cpu {
         Ok(())
     }
 
-    fn copy_parameters(&mut self, old: &Stack, new: &mut Stack, size: u64, count: u32) -> Result<()> {
+    fn copy_parameters(
+        &mut self,
+        old: &Stack,
+        new: &mut Stack,
+        size: u64,
+        count: u32,
+    ) -> Result<()> {
         let mut values = [0; 31];
         let mut from = *old;
         for value in values.iter_mut().take(count as usize) {
@@ -295,7 +304,11 @@ impl Cpu {
         }
         let wide = self.tr.attributes & 8 != 0;
         let level = u64::from(cpl);
-        let (at, size) = if wide { (4 + level * 8, 6) } else { (2 + level * 4, 4) };
+        let (at, size) = if wide {
+            (4 + level * 8, 6)
+        } else {
+            (2 + level * 4, 4)
+        };
         let bad_tss = code_of(self.tr.selector) | ext;
         if at + size - 1 > u64::from(self.tr.limit) {
             return Err(self.ts(bad_tss));
@@ -392,7 +405,11 @@ impl Cpu {
         let d = self.transfer_descriptor(selector)?;
         let code = code_of(selector);
         let rpl = selector as u8 & 3;
-        let allowed = if d.is_conforming() { d.dpl() <= rpl } else { d.dpl() == rpl };
+        let allowed = if d.is_conforming() {
+            d.dpl() <= rpl
+        } else {
+            d.dpl() == rpl
+        };
         if !d.is_code() || rpl < self.cpl || !allowed {
             return Err(self.gp(code));
         }
@@ -408,7 +425,11 @@ impl Cpu {
     }
 
     /// The stack segment of a return to an outer level, or to 64-bit code.
-    pub(super) fn outer_stack_segment(&mut self, selector: u16, to: &CodeTarget) -> Result<Segment> {
+    pub(super) fn outer_stack_segment(
+        &mut self,
+        selector: u16,
+        to: &CodeTarget,
+    ) -> Result<Segment> {
         let rpl = selector as u8 & 3;
         if is_null(selector) {
             if to.is_64bit(self.long_mode()) && to.cpl != 3 && rpl == to.cpl {

@@ -26,7 +26,11 @@ const AVX_BIT: u64 = Xcr0::AVX.bits();
 
 /// Bytes that XSAVE needs for these components.
 pub(super) fn size_of(components: Xcr0) -> usize {
-    if components.contains(Xcr0::AVX) { SIZE } else { AVX_OFFSET }
+    if components.contains(Xcr0::AVX) {
+        SIZE
+    } else {
+        AVX_OFFSET
+    }
 }
 
 /// An XSAVE area.
@@ -171,7 +175,8 @@ impl Cpu {
             return Err(self.gp(0));
         }
         if self.mode.is_64bit() && !super::canonical(linear) {
-            let stack = usize::from(op.seg) == x86_defs::state::SS || op.seg == crate::cpu::FLAT_STACK;
+            let stack =
+                usize::from(op.seg) == x86_defs::state::SS || op.seg == crate::cpu::FLAT_STACK;
             return Err(if stack { self.ss(0) } else { self.gp(0) });
         }
         Ok(linear)
@@ -217,7 +222,11 @@ impl Cpu {
         let header = linear.wrapping_add(HEADER as u64);
         self.probe(linear, size_of(self.xcr0) as u64, Access::Write, op.seg)?;
         let old: u64 = self.load(header)?;
-        let written = if optimize { requested & in_use } else { requested };
+        let written = if optimize {
+            requested & in_use
+        } else {
+            requested
+        };
         let mxcsr = requested & (SSE_BIT | AVX_BIT) != 0;
         self.store_components(linear, written, mxcsr, wide)?;
         self.store(header, old & !requested | in_use & requested)
@@ -235,7 +244,11 @@ impl Cpu {
         let mxcsr_used = u64::from(self.vectors.mxcsr != 0x1f80) << 1;
         let written = requested & (self.components_in_use() | mxcsr_used);
         let header = linear.wrapping_add(HEADER as u64);
-        let size = if requested & AVX_BIT != 0 { SIZE } else { AVX_OFFSET };
+        let size = if requested & AVX_BIT != 0 {
+            SIZE
+        } else {
+            AVX_OFFSET
+        };
         self.probe(linear, size as u64, Access::Write, op.seg)?;
         self.store_components(linear, written, written & SSE_BIT != 0, wide)?;
         self.store(header, written)?;
@@ -260,9 +273,7 @@ impl Cpu {
                 && present & !layout == 0
                 && header[16..].iter().all(|b| *b == 0)
         } else {
-            !supervisor
-                && present & !self.xcr0.bits() == 0
-                && header[8..24].iter().all(|b| *b == 0)
+            !supervisor && present & !self.xcr0.bits() == 0 && header[8..24].iter().all(|b| *b == 0)
         };
         if !good {
             return Err(self.gp(0));
@@ -305,7 +316,11 @@ impl Cpu {
         self.vectors.mxcsr = mxcsr;
         let count = self.vector_count();
         if requested & X87_BIT != 0 {
-            self.x87 = if read & X87_BIT != 0 { get_x87(&area, wide) } else { X87::default() };
+            self.x87 = if read & X87_BIT != 0 {
+                get_x87(&area, wide)
+            } else {
+                X87::default()
+            };
         }
         if requested & SSE_BIT != 0 {
             if read & SSE_BIT == 0 {
@@ -347,7 +362,11 @@ impl Cpu {
         if mxcsr & !MXCSR_MASK != 0 {
             return Err(format!("MXCSR {mxcsr:#x} has reserved bits set"));
         }
-        self.x87 = if present & X87_BIT != 0 { get_x87(&area, true) } else { X87::default() };
+        self.x87 = if present & X87_BIT != 0 {
+            get_x87(&area, true)
+        } else {
+            X87::default()
+        };
         self.vectors = Vectors::default();
         if present & (SSE_BIT | AVX_BIT) != 0 {
             self.vectors.mxcsr = mxcsr;
@@ -443,12 +462,18 @@ mod tests {
         assert_eq!(get_u64(&area, 32 + 7 * 16), 7);
         let back = get_x87(&area, true);
         assert_eq!(back.registers, x87.registers);
-        assert_eq!((back.status, back.tags, back.control), (3 << 11, 0b1000, 0x27f));
+        assert_eq!(
+            (back.status, back.tags, back.control),
+            (3 << 11, 0b1000, 0x27f)
+        );
         assert_eq!(back.instruction, 0x1234_5678_9abc);
         x87.instruction_segment = 0x10;
         put_x87(&mut area, &x87, false);
         let back = get_x87(&area, false);
-        assert_eq!((back.instruction, back.instruction_segment), (0x5678_9abc, 0x10));
+        assert_eq!(
+            (back.instruction, back.instruction_segment),
+            (0x5678_9abc, 0x10)
+        );
     }
 
     #[test]
