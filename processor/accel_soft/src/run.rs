@@ -94,6 +94,8 @@ impl Engine {
     }
 
     fn leave(&mut self) {
+        // So that the state holds no promise to the guest that only a running processor can keep.
+        self.cpu.settle_deferred_eoi();
         self.cpu.shared.in_guest.store(false, Ordering::SeqCst);
         self.cpu.io = None;
         self.publish();
@@ -315,6 +317,9 @@ impl Engine {
             if self.interrupt().is_break() {
                 return Go::Break(Exit::Shutdown);
             }
+            if self.cpu.halted && self.cpu.take_kick() {
+                self.cpu.halted = false;
+            }
             if !self.cpu.halted {
                 return Go::Continue(());
             }
@@ -341,7 +346,7 @@ impl Engine {
             self.cpu.nmi_pending = true;
         }
         if events.contains(Event::WAKE) {
-            self.cpu.halted = false;
+            self.cpu.kicked();
         }
         self.follow_memory();
     }
@@ -355,12 +360,7 @@ impl Engine {
             cpu.nmi_masked = true;
             cpu.deliver_interrupt(x86_defs::exception::NMI)
         } else if cpu.system_flag(Rflags::IF) {
-            let vector = if cpu.apic.has_extint() {
-                cpu.outside(|io| io.acknowledge_extint())
-            } else {
-                cpu.apic.accept()
-            };
-            let Some(vector) = vector else {
+            let Some(vector) = cpu.take_interrupt() else {
                 return Go::Continue(());
             };
             cpu.halted = false;
@@ -382,10 +382,12 @@ impl Engine {
         self.publish();
         let shared = self.cpu.shared.clone();
         let start = Instant::now();
+        self.cpu.before_sleep();
         shared.in_guest.store(false, Ordering::SeqCst);
         shared.mailbox.sleep(None);
         shared.in_guest.store(true, Ordering::SeqCst);
         self.follow_memory();
+        self.cpu.after_sleep();
         let slept = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         shared.halted.fetch_add(slept, Ordering::Relaxed);
     }

@@ -278,7 +278,7 @@ impl Cpu {
 
     /// Finds out whether the guest has ended the interrupt that it was allowed to end in memory, and takes that right back.
     /// Done before anything that depends on what is in service.
-    pub(super) fn settle_deferred_eoi(&mut self) {
+    pub(crate) fn settle_deferred_eoi(&mut self) {
         if !self.system.paravirtual.eoi_deferred {
             return;
         }
