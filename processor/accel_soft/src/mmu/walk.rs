@@ -17,10 +17,10 @@ const LARGE: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 /// Address bits of a 64-bit entry.
-const ADDRESS: u64 = (1 << PHYSICAL_BITS) - 1 & !0xfff;
+const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff;
 /// Reserved in every 64-bit entry: address bits that the processor has not got. (Bits 52 to 62 are ignored in 4-level
 /// paging, reserved in PAE paging.)
-const BEYOND: u64 = (1 << 52) - 1 & !((1 << PHYSICAL_BITS) - 1);
+const BEYOND: u64 = ((1 << 52) - 1) & !((1 << PHYSICAL_BITS) - 1);
 const PAE_BEYOND: u64 = 0x7fff_ffff_ffff_ffff & !((1 << PHYSICAL_BITS) - 1);
 
 /// Guest-physical memory as the walker reaches it.
@@ -490,10 +490,10 @@ mod tests {
             let mut m = Memory::default();
             let mut entries = Vec::new();
             let shift = [39, 30, 21, 12][depth - 1];
-            for i in 0..depth {
+            for (i, bits) in bits.iter().enumerate().take(depth) {
                 let leaf = i == depth - 1;
                 let address = if leaf { 0x8_0000_0000 } else { 0x2000 + i as u64 * 0x1000 };
-                let entry = bits[i] | address | if leaf && shift > 12 { 0x80 } else { 0 };
+                let entry = *bits | address | if leaf && shift > 12 { 0x80 } else { 0 };
                 m.0.insert(0x1000 + i as u64 * 0x1000 + (i as u64 + 1) * 8, entry);
                 entries.push(entry);
             }

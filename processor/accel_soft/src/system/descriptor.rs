@@ -240,7 +240,7 @@ mod tests {
         // Base 0x12345678, limit 0xabcde pages, 32-bit writable data, DPL 2.
         let d = Descriptor(0x12ca_d234_5678_bcde);
         assert_eq!(d.base(), 0x1234_5678);
-        assert_eq!(d.limit(), 0xabcd_efff & 0xffff_ffff | 0xfff);
+        assert_eq!(d.limit(), 0xabcd_efff);
         assert_eq!(d.dpl(), 2);
         assert!(d.is_present() && d.is_writable_data() && d.is_big() && !d.is_long());
         assert_eq!(d.attributes(), 0xc0d2);

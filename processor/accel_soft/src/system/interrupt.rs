@@ -363,10 +363,10 @@ impl Cpu {
     /// The fault that delivery ends in; `rip` is then set back by the caller.
     fn software_interrupt(&mut self, vector: u8, int_n: bool) -> Result<()> {
         if self.virtual_8086() && int_n {
-            if self.cr4.contains(Cr4::VME) {
-                if let Some(entry) = self.redirected(vector)? {
-                    return self.deliver_redirected(entry);
-                }
+            if self.cr4.contains(Cr4::VME)
+                && let Some(entry) = self.redirected(vector)?
+            {
+                return self.deliver_redirected(entry);
             }
             if self.iopl() < 3 {
                 return Err(self.gp(0));

@@ -366,7 +366,7 @@ impl Cpu {
             return None;
         }
         let old = self.efer;
-        self.efer = new - Efer::LMA | old & Efer::LMA;
+        self.efer = (new - Efer::LMA) | (old & Efer::LMA);
         if (old ^ self.efer).contains(Efer::NXE) {
             self.flush_translations();
         }

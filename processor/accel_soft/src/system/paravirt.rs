@@ -379,7 +379,7 @@ mod tests {
             } else {
                 ticks << shift
             };
-            let ns = shifted * u128::from(multiplier) >> 32;
+            let ns = (shifted * u128::from(multiplier)) >> 32;
             assert!(ns.abs_diff(5_000_000_000) <= 10, "{khz}: {ns}");
         }
     }
