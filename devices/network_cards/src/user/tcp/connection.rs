@@ -123,8 +123,8 @@ pub(crate) struct Connection {
     nxt: u32,
     max: u32,
     snd_wnd: u32,
+    /// The sequence number of the segment that told the window.
     wl1: u32,
-    wl2: u32,
     snd_scale: u8,
     mss: u16,
     /// From `una` on.
@@ -216,7 +216,6 @@ impl Connection {
             max: iss,
             snd_wnd: 0,
             wl1: 0,
-            wl2: 0,
             snd_scale: 0,
             mss: if guest.is_ipv4() { 536 } else { 1220 },
             from_host: Ring::new(budget.clone()),
@@ -257,7 +256,7 @@ impl Connection {
         };
         // The window of a SYN is never scaled.
         self.snd_wnd = syn.window.into();
-        (self.wl1, self.wl2) = (syn.seq, syn.ack);
+        self.wl1 = syn.seq;
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -433,14 +432,15 @@ impl Connection {
             }
             self.syn_acked();
             self.snd_wnd = u32::from(segment.window) << self.snd_scale;
-            (self.wl1, self.wl2) = (segment.seq, segment.ack);
+            self.wl1 = segment.seq;
         } else {
             self.on_ack(segment, now);
         }
         if self.phase == Phase::Open && !ahead {
             self.on_payload(segment, behind, frame, payload_at);
-        } else if ahead || segment.sequence_len() > 0 {
-            // Out of order, or a FIN again: say what is expected.
+        } else if segment.sequence_len() > 0 || !before(segment.seq, self.rcv_edge) {
+            // Out of order, or a FIN again: say what is expected. Not to bare acknowledgements, or two sides that have
+            // both lost something would answer each other without end.
             self.ack_due = true;
         }
         self.settle(now);
@@ -549,13 +549,17 @@ impl Connection {
         if !in_flight {
             self.retries = 0;
         }
-        // Section 3.10.7.4: only newer segments change the window.
-        let newer = before(self.wl1, segment.seq)
-            || (self.wl1 == segment.seq && !before(segment.ack, self.wl2));
+        // As Linux does it: a window goes with the acknowledgement that it came with, so one that advances counts always,
+        // even on a segment that was sent again, and an older one never. (Section 3.10.7.4 goes by sequence numbers alone.)
+        let window = u32::from(segment.window) << self.snd_scale;
+        let advances = acked != 0 && self.una == segment.ack;
+        let same = acked == 0
+            && (before(self.wl1, segment.seq)
+                || (self.wl1 == segment.seq && window > self.snd_wnd));
+        let newer = advances || same;
         if newer {
             let was_closed = self.snd_wnd == 0;
-            self.snd_wnd = u32::from(segment.window) << self.snd_scale;
-            (self.wl1, self.wl2) = (segment.seq, segment.ack);
+            (self.snd_wnd, self.wl1) = (window, segment.seq);
             if was_closed && self.snd_wnd > 0 {
                 self.rto = self.base_rto();
                 self.timer = (self.una != self.max).then_some(now + self.rto);
@@ -662,7 +666,8 @@ impl Connection {
         let idle = match self.phase {
             Phase::TimeWait => Some(self.last_heard + TIME_WAIT),
             Phase::Open => Some(self.idle_at()),
-            _ => None,
+            Phase::SynReceived | Phase::SynSent => None,
+            Phase::Connecting | Phase::Resetting | Phase::Dead => return None,
         };
         [self.timer, idle].into_iter().flatten().min()
     }
@@ -679,6 +684,9 @@ impl Connection {
 
     /// Does what is due by `now`.
     pub(crate) fn on_timer(&mut self, now: Millis) {
+        if self.deadline().is_none() {
+            return;
+        }
         if self.timer.is_some_and(|at| at <= now) {
             self.on_retransmit_timer(now);
         }

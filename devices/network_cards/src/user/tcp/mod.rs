@@ -3,6 +3,8 @@
 mod connection;
 mod ring;
 mod segment;
+#[cfg(test)]
+mod simulation;
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};

@@ -29,7 +29,6 @@ impl Budget {
 }
 
 /// A byte queue.
-#[derive(Debug)]
 pub(crate) struct Ring {
     /// A power of two long, or empty.
     bytes: Box<[u8]>,
@@ -153,6 +152,12 @@ impl Ring {
         } else {
             (self.head + n) & (self.bytes.len() - 1)
         };
+    }
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Ring({} of {})", self.len, self.bytes.len())
     }
 }
 
