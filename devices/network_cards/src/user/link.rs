@@ -81,6 +81,9 @@ pub(crate) struct Link {
     outbox: VecDeque<Vec<u8>>,
     epoll: OwnedFd,
     fragment_id: u32,
+    /// Wild frames of tests must not reach anything but the test's own server.
+    #[cfg(test)]
+    pub(crate) only_target: Option<SocketAddr>,
 }
 
 impl Link {
@@ -100,6 +103,8 @@ impl Link {
             outbox: VecDeque::new(),
             epoll,
             fragment_id: 0,
+            #[cfg(test)]
+            only_target: None,
             timers,
         };
         link.watch(&link.timers, Source::Timer, epoll::EventFlags::IN)
@@ -191,6 +196,15 @@ impl Link {
 
     /// Where a socket must go to reach what the guest calls `dst`.
     pub(crate) fn translate(&mut self, dst: SocketAddr) -> Result<SocketAddr, Blocked> {
+        let target = self.target_of(dst)?;
+        #[cfg(test)]
+        if self.only_target.is_some_and(|only| only != target) {
+            return Err(Blocked::Nowhere);
+        }
+        Ok(target)
+    }
+
+    fn target_of(&mut self, dst: SocketAddr) -> Result<SocketAddr, Blocked> {
         let addresses = &self.addresses;
         if self.config.restrict {
             return Err(Blocked::Restricted);

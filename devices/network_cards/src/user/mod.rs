@@ -20,6 +20,8 @@ mod config;
 mod dhcp;
 mod dns;
 mod fragments;
+#[cfg(test)]
+mod hostile;
 mod icmp;
 mod link;
 mod neighbours;
