@@ -7,7 +7,6 @@ mod ioctls;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -80,18 +79,25 @@ impl Tap {
         if !(1..=MAX_QUEUES).contains(&config.queues) {
             return refuse("queues", config.queues.to_string(), "expected 1 to 256");
         }
-        let existing = existing_flags(name)?;
-        let multi = existing.map_or(config.queues > 1, |flags| flags & IFF_MULTI_QUEUE != 0);
-        if config.queues > 1 && !multi {
-            let expected =
-                format!("interface {name} was made for one queue (see multi_queue of ip-tuntap)");
-            return refuse("queues", config.queues.to_string(), &expected);
-        }
-        let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if multi { IFF_MULTI_QUEUE } else { 0 };
-        let open = |_| open_queue(name, flags, existing.is_some());
-        let queues = (0..config.queues)
-            .map(open)
-            .collect::<Result<Vec<_>, _>>()?;
+        let exists = interface_exists(name);
+        let open = |flags| -> Result<Vec<_>, _> {
+            (0..config.queues)
+                .map(|_| open_queue(name, flags))
+                .collect()
+        };
+        let plain = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        let opened = if config.queues > 1 {
+            open(plain | IFF_MULTI_QUEUE)
+        } else {
+            // An interface that was made for several queues wants to be told so even for one.
+            open(plain).or_else(|first| match first {
+                OpenError::Interface(Errno::INVAL) => {
+                    open(plain | IFF_MULTI_QUEUE).map_err(|_| first)
+                }
+                other => Err(other),
+            })
+        };
+        let queues = opened.map_err(|error| error.explain(config, exists))?;
         Self::with_queues(name.clone(), queues)
     }
 
@@ -171,47 +177,58 @@ impl Tap {
     }
 }
 
-/// The flags of an interface that exists, or an error if it is no tap device.
-fn existing_flags(name: &str) -> Result<Option<u16>, NetError> {
-    let dir = Path::new("/sys/class/net").join(name);
-    if !dir.exists() {
-        return Ok(None);
-    }
-    let flags = std::fs::read_to_string(dir.join("tun_flags")).ok();
-    let parse = |text: String| u32::from_str_radix(text.trim().strip_prefix("0x")?, 16).ok();
-    match flags.and_then(parse) {
-        Some(flags) if flags & u32::from(IFF_TAP) != 0 => Ok(Some(flags as u16)),
-        _ => Err(NetError::Config {
-            option: "ifname",
-            value: name.into(),
-            expected: "this interface is not a tap device".into(),
-        }),
+fn interface_exists(name: &str) -> bool {
+    let any_socket = rustix::net::socket(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::DGRAM,
+        None,
+    );
+    any_socket.is_ok_and(|socket| rustix::net::netdevice::name_to_index(socket, name).is_ok())
+}
+
+/// Where opening a queue failed.
+#[derive(Debug)]
+enum OpenError {
+    Driver(Errno),
+    Interface(Errno),
+}
+
+impl OpenError {
+    fn explain(self, config: &TapConfig, exists: bool) -> NetError {
+        let name = &config.ifname;
+        let error = match self {
+            Self::Driver(error) => {
+                let mut what = String::from("can't open /dev/net/tun");
+                if error == Errno::ACCESS {
+                    what.push_str(" (tap devices need permission to read and write it)");
+                }
+                return NetError::os(what, error);
+            }
+            Self::Interface(error) => error,
+        };
+        let what = match error {
+            Errno::PERM if exists => {
+                format!("interface {name} belongs to another user; opening it needs CAP_NET_ADMIN")
+            }
+            Errno::PERM => format!(
+                "there is no interface {name}, and making one needs CAP_NET_ADMIN \
+                 (or: ip tuntap add {name} mode tap user USER)"
+            ),
+            Errno::BUSY => format!("interface {name} is in use by another program"),
+            Errno::INVAL if config.queues > 1 => {
+                format!("interface {name} is not a tap device that was made with multi_queue")
+            }
+            Errno::INVAL => format!("interface {name} is not a tap device"),
+            _ => format!("can't open interface {name} as a tap device"),
+        };
+        NetError::os(what, error)
     }
 }
 
-fn open_queue(name: &str, flags: u16, exists: bool) -> Result<OwnedFd, NetError> {
+fn open_queue(name: &str, flags: u16) -> Result<OwnedFd, OpenError> {
     let mode = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let fd = rustix::fs::open("/dev/net/tun", mode, Mode::empty()).map_err(|e| {
-        let hint = if e == Errno::ACCESS {
-            " (tap devices need permission for it)"
-        } else {
-            ""
-        };
-        NetError::os(format!("can't open /dev/net/tun{hint}"), e)
-    })?;
-    ioctls::set_interface(&fd, name, flags).map_err(|e| {
-        let what = match (e, exists) {
-            (Errno::PERM, false) => format!(
-                "there is no interface {name}, and making one needs CAP_NET_ADMIN (or: ip tuntap add {name} mode tap user USER)"
-            ),
-            (Errno::PERM, true) => {
-                format!("interface {name} belongs to another user; opening it needs CAP_NET_ADMIN")
-            }
-            (Errno::BUSY, _) => format!("interface {name} is in use by another program"),
-            _ => format!("can't open interface {name} as a tap device"),
-        };
-        NetError::os(what, e)
-    })?;
+    let fd = rustix::fs::open("/dev/net/tun", mode, Mode::empty()).map_err(OpenError::Driver)?;
+    ioctls::set_interface(&fd, name, flags).map_err(OpenError::Interface)?;
     Ok(fd)
 }
 

@@ -1,5 +1,6 @@
 //! Two network namespaces: in one the "guest", which is the host's own kernel behind a tap device; in the other the
 //! user-mode stack and the servers that the guest talks to.
+#![allow(dead_code)] // Shared by programs that use different parts of it.
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
@@ -25,6 +26,17 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
+    /// Makes a namespace for work with tap devices, or says why that is not possible here.
+    pub(crate) fn for_test() -> Result<Self, String> {
+        if !rustix::process::geteuid().is_root() {
+            return Err("needs root".into());
+        }
+        if !std::path::Path::new("/dev/net/tun").exists() {
+            return Err("needs /dev/net/tun".into());
+        }
+        Self::new().ok_or_else(|| "needs network namespaces (unshare)".into())
+    }
+
     fn new() -> Option<Self> {
         let mut keeper = Command::new("unshare")
             .args(["--net", "--", "sleep", "300"])
@@ -115,6 +127,7 @@ pub(crate) struct Lab {
     stop: Arc<AtomicBool>,
     wake: Arc<rustix::fd::OwnedFd>,
     pump: Option<JoinHandle<()>>,
+    pump_thread: u32,
 }
 
 /// What a lab's guest can take and may leave undone.
@@ -129,15 +142,7 @@ pub(crate) enum Card {
 impl Lab {
     /// Makes a lab, or says why that is not possible here.
     pub(crate) fn new(config: UserNetConfig, card: Card) -> Result<Self, String> {
-        if !rustix::process::geteuid().is_root() {
-            return Err("needs root".into());
-        }
-        let (Some(guest), Some(world)) = (Namespace::new(), Namespace::new()) else {
-            return Err("needs network namespaces (unshare)".into());
-        };
-        if !std::path::Path::new("/dev/net/tun").exists() {
-            return Err("needs /dev/net/tun".into());
-        }
+        let (guest, world) = (Namespace::for_test()?, Namespace::for_test()?);
         world.shell(
             "ip link set lo up; ip addr add 192.0.2.1/32 dev lo; ip addr add 2001:db8::1/128 dev lo
              echo '0 2147483647' >/proc/sys/net/ipv4/ping_group_range",
@@ -166,16 +171,20 @@ impl Lab {
         }
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap());
         let stop = Arc::new(AtomicBool::new(false));
+        let (tell, told) = std::sync::mpsc::channel();
         let pump = {
             let (wake, stop) = (wake.clone(), stop.clone());
             world.spawn(move || {
+                let _ = tell.send(rustix::thread::gettid().as_raw_nonzero().get() as u32);
                 let mut card = tap.take_queues(1).unwrap().remove(0);
                 let mut link = net.take_queues(1).unwrap().remove(0);
+                let mut buffer = vec![0u8; MAX_FRAME];
                 while !stop.load(Ordering::Relaxed) {
-                    pump_once(&mut *card, &mut *link, &wake);
+                    pump_once(&mut *card, &mut *link, &wake, &mut buffer);
                 }
             })
         };
+        let pump_thread = told.recv().unwrap();
         Ok(Self {
             guest,
             world,
@@ -183,7 +192,21 @@ impl Lab {
             stop,
             wake,
             pump: Some(pump),
+            pump_thread,
         })
+    }
+
+    /// The file that tells the CPU time of the thread that the stack runs on.
+    pub(crate) fn pump_stat(&self) -> String {
+        format!("/proc/self/task/{}/stat", self.pump_thread)
+    }
+
+    /// Moves an interface of the world to the guest.
+    pub(crate) fn adopt(&self, name: &str) {
+        self.world.shell(&format!(
+            "ip link set {name} netns {}",
+            self.guest.keeper.id()
+        ));
     }
 
     /// Gives the guest its addresses without DHCP, IPv6 without waiting for duplicates.
@@ -232,12 +255,12 @@ fn flags(queue: &dyn NetQueue, has_room: bool) -> PollFlags {
 }
 
 /// One pass of a card's loop, where the guest's rings are a tap device.
-pub(crate) fn pump_once(
+fn pump_once(
     card: &mut dyn NetQueue,
     link: &mut dyn NetQueue,
     wake: &rustix::fd::OwnedFd,
+    buffer: &mut [u8],
 ) {
-    let mut buffer = vec![0u8; MAX_FRAME];
     let mut fds = [
         PollFd::from_borrowed_fd(card.poll_fd(), flags(card, true)),
         PollFd::from_borrowed_fd(link.poll_fd(), flags(link, true)),
@@ -249,12 +272,12 @@ pub(crate) fn pump_once(
         link.process().unwrap();
     }
     for _ in 0..64 {
-        let Some((header, len)) = card.receive(&mut [IoSliceMut::new(&mut buffer)]).unwrap() else {
+        let Some((header, len)) = card.receive(&mut [IoSliceMut::new(buffer)]).unwrap() else {
             break;
         };
         send(link, &header, &buffer[..len]);
     }
-    while let Some((header, len)) = link.receive(&mut [IoSliceMut::new(&mut buffer)]).unwrap() {
+    while let Some((header, len)) = link.receive(&mut [IoSliceMut::new(buffer)]).unwrap() {
         send(card, &header, &buffer[..len]);
     }
 }

@@ -3,6 +3,7 @@
 //! Needs root, /dev/net/tun and the tools unshare and ip; each test says so and passes as skipped where they are missing.
 
 mod lab;
+mod tap_device;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};

@@ -39,6 +39,8 @@ const SYN_RETRIES: u8 = 6;
 /// A guest that is gone is found by probes, after this time without a segment.
 const IDLE_OPEN: Millis = 7_200_000;
 const IDLE_HALF_CLOSED: Millis = 120_000;
+/// Empty queues give their memory back after this time.
+const IDLE_MEMORY: Millis = 10_000;
 const PROBE_INTERVAL: Millis = 75_000;
 const PROBES: u8 = 9;
 const TIME_WAIT: Millis = 2000;
@@ -506,7 +508,6 @@ impl Connection {
             }
         }
         if self.to_host.len() < before {
-            self.to_host.trim_if_larger(LOW_WATER * 4);
             self.offer_window();
         }
     }
@@ -591,9 +592,6 @@ impl Connection {
         self.resend_waits = false;
         self.rto = self.base_rto();
         self.timer = (self.una != self.max).then_some(now + self.rto);
-        if self.from_host.is_empty() {
-            self.from_host.trim_if_larger(LOW_WATER * 4);
-        }
     }
 
     fn on_duplicate_ack(&mut self) {
@@ -672,7 +670,14 @@ impl Connection {
         [self.timer, idle].into_iter().flatten().min()
     }
 
+    fn holds_spare_memory(&self) -> bool {
+        self.from_host.is_spare() || self.to_host.is_spare()
+    }
+
     fn idle_at(&self) -> Millis {
+        if self.holds_spare_memory() {
+            return self.last_heard + IDLE_MEMORY;
+        }
         let half_closed = self.guest_fin || self.host_eof;
         let first = if half_closed {
             IDLE_HALF_CLOSED
@@ -693,9 +698,10 @@ impl Connection {
         if self.phase == Phase::TimeWait && self.last_heard + TIME_WAIT <= now {
             self.phase = Phase::Dead;
         }
-        if self.phase == Phase::Open && self.idle_at() <= now {
+        if self.phase == Phase::Open && self.holds_spare_memory() && self.idle_at() <= now {
             self.from_host.trim();
             self.to_host.trim();
+        } else if self.phase == Phase::Open && self.idle_at() <= now {
             self.probes += 1;
             self.probe_due = true;
             if self.probes > PROBES {

@@ -76,11 +76,9 @@ impl Ring {
         (self.bytes, self.head) = (bytes, 0);
     }
 
-    /// Gives the memory back if the queue is empty and holds more than `bytes`.
-    pub(crate) fn trim_if_larger(&mut self, bytes: usize) {
-        if self.bytes.len() > bytes {
-            self.trim();
-        }
+    /// True if it holds memory and nothing in it.
+    pub(crate) fn is_spare(&self) -> bool {
+        self.len == 0 && !self.bytes.is_empty()
     }
 
     /// Gives the memory back if the queue is empty.
