@@ -317,8 +317,12 @@ impl fmt::Debug for IoRegion {
 impl Drop for IoRegion {
     fn drop(&mut self) {
         let mut entries = self.bus.entries.lock();
-        entries.list.retain(|e| e.id != self.id);
-        self.bus.view.store(Arc::new(flatten(&entries.list)));
+        let at = entries.list.iter().position(|e| e.id == self.id);
+        let removed = at.map(|at| entries.list.remove(at));
+        let view = self.bus.view.swap(Arc::new(flatten(&entries.list)));
+        drop(entries);
+        // Without the lock: the last reference to a handler may own regions of this bus itself.
+        drop((removed, view));
     }
 }
 
@@ -513,6 +517,25 @@ mod tests {
         drop(a);
         assert_eq!(bus.owner(0x61), None);
         assert_eq!(read4(&bus, 0x60), [0xff; 4]);
+    }
+
+    #[test]
+    fn a_handler_may_own_regions_of_its_own() {
+        struct Owner(Mutex<Option<IoRegion>>);
+        impl IoHandler for Owner {
+            fn widths(&self) -> Widths {
+                Widths::BYTE
+            }
+            fn read(&self, _offset: u64, data: &mut [u8]) {
+                data.fill(u8::from(self.0.lock().is_some()));
+            }
+            fn write(&self, _offset: u64, _data: &[u8]) {}
+        }
+        let bus = IoBus::ports();
+        let inner = bus.add(1, 1, "inner", probe(Widths::BYTE, 0)).unwrap();
+        let owner = Arc::new(Owner(Mutex::new(Some(inner))));
+        drop(bus.add(2, 1, "outer", owner).unwrap());
+        assert!(bus.regions().is_empty());
     }
 
     #[test]
