@@ -84,14 +84,35 @@ pub struct CmosConfig {
     pub utc_offset: i32,
 }
 
+/// A clock that is held. The fields are kept as they were written, since one alone need not fit the others yet.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    time: DateTime,
+    /// Nanoseconds into the second.
+    fraction: i128,
+}
+
+impl Held {
+    fn at(now: i128) -> Self {
+        Self {
+            time: DateTime::from_unix(seconds_of(now)),
+            fraction: now.rem_euclid(SECOND),
+        }
+    }
+
+    fn nanoseconds(&self) -> i128 {
+        i128::from(self.time.to_unix()) * SECOND + self.fraction
+    }
+}
+
 /// Volatile guest state, except what the battery keeps.
 struct State {
     index: [u8; 2],
     memory: [u8; BYTES],
     /// Nanoseconds that the clock is ahead of the host's.
     offset: i128,
-    /// The clock's nanoseconds while SET or a stopped divider holds it.
-    held: Option<i128>,
+    /// What the clock shows while SET or a stopped divider holds it.
+    held: Option<Held>,
     /// The second up to which updates have been taken note of.
     updated: i64,
     /// Guest time at which the periodic interrupt is next due.
@@ -163,9 +184,10 @@ impl Rtc {
 
     /// The clock's time in nanoseconds since 1970-01-01.
     fn now(&self, state: &State) -> i128 {
-        state
-            .held
-            .unwrap_or_else(|| wall(&self.clock) + state.offset)
+        match &state.held {
+            Some(held) => held.nanoseconds(),
+            None => wall(&self.clock) + state.offset,
+        }
     }
 
     /// Takes note of what has happened by now, drives the interrupt, and arms the timer for what comes next.
@@ -228,7 +250,10 @@ impl Rtc {
     fn read_register(&self, state: &mut State, index: u8) -> u8 {
         match index {
             0 | 2 | 4 | DAY_OF_WEEK..=YEAR | CENTURY => {
-                let time = DateTime::from_unix(seconds_of(self.now(state)));
+                let time = match &state.held {
+                    Some(held) => held.time,
+                    None => DateTime::from_unix(seconds_of(self.now(state))),
+                };
                 read_time(&time, index, state.memory[usize::from(B)])
             }
             A => {
@@ -279,8 +304,9 @@ impl Rtc {
         let divider = state.memory[usize::from(A)] & A_DIVIDER;
         let hold = state.memory[usize::from(B)] & B_SET != 0 || divider >= 0x60;
         match (hold, state.held) {
-            (true, None) => state.held = Some(self.now(state)),
-            (false, Some(at)) => {
+            (true, None) => state.held = Some(Held::at(self.now(state))),
+            (false, Some(held)) => {
+                let at = held.nanoseconds();
                 state.offset = at - wall(&self.clock);
                 state.held = None;
                 state.updated = seconds_of(at);
@@ -290,18 +316,17 @@ impl Rtc {
     }
 
     fn write_time(&self, state: &mut State, index: u8, value: u8) {
-        let now = self.now(state);
-        let mut time = DateTime::from_unix(seconds_of(now));
         let b = state.memory[usize::from(B)];
-        set_time(&mut time, index, value, b);
-        let new = i128::from(time.to_unix()) * SECOND + now.rem_euclid(SECOND);
-        match &mut state.held {
-            Some(held) => *held = new,
-            None => {
-                state.offset += new - now;
-                state.updated = seconds_of(new);
-            }
+        if let Some(held) = &mut state.held {
+            set_time(&mut held.time, index, value, b);
+            return;
         }
+        let now = self.now(state);
+        let mut held = Held::at(now);
+        set_time(&mut held.time, index, value, b);
+        let new = held.nanoseconds();
+        state.offset += new - now;
+        state.updated = seconds_of(new);
     }
 }
 
