@@ -76,6 +76,11 @@ impl GuestSlice {
         self.note(0, self.len);
     }
 
+    /// Gives the pages that lie wholly inside the slice back to the host ([`Backing::discard`]).
+    pub fn discard(&self) {
+        self.backing.discard(self.offset, self.len as u64);
+    }
+
     /// The memory that the slice lies in.
     pub fn backing(&self) -> &Arc<Backing> {
         &self.backing
