@@ -287,3 +287,51 @@ proptest! {
         }
     }
 }
+
+/// A guest that opens and resets connections and never fetches an answer, and one that uses every port.
+#[test]
+fn a_guest_that_only_sends_takes_bounded_memory() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let server = listener.local_addr().unwrap();
+    let _same_port = UdpSocket::bind(server);
+    let (mut stack, _) = Stack::new(UserNetConfig::default()).unwrap();
+    stack.link.only_target = Some(server);
+    let offload = OffloadHeader::decode(&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+    let tcp = |flags, seq| Kind::Tcp {
+        v6: false,
+        port: 0,
+        flags,
+        seq,
+        ack: 0,
+        options: Vec::new(),
+        payload: 0,
+    };
+    for n in 0..12_000u32 {
+        // SYN, and RST with the number that counts.
+        for kind in [tcp(2, n), tcp(4, n + 1)] {
+            stack.transmit(
+                &offload,
+                &[IoSlice::new(&kind.frame(server.port()))],
+                n.into(),
+            );
+        }
+        while let Ok((stream, _)) = {
+            listener.set_nonblocking(true).unwrap();
+            listener.accept()
+        } {
+            drop(stream);
+        }
+        let route = route(false, 2);
+        let src = SocketAddr::new(route.src, 1000 + (n % 5000) as u16);
+        let datagram = udp_datagram(src, SocketAddr::new(route.dst, server.port()), b"x");
+        let frame = packet(route, protocol::UDP, &datagram);
+        stack.transmit(&offload, &[IoSlice::new(&frame)], n.into());
+        stack.process(n.into()).unwrap();
+    }
+    assert!(stack.queued_tokens() < 20_000, "{}", stack.queued_tokens());
+    assert!(
+        stack.link.timers.len() < 10_000,
+        "{}",
+        stack.link.timers.len()
+    );
+}

@@ -201,7 +201,7 @@ impl Pings {
             && !flow.queued
         {
             flow.queued = true;
-            self.ready.push_back(token);
+            self.flows.enqueue(&mut self.ready, token);
         }
     }
 

@@ -1,5 +1,7 @@
 //! Numbered entries that can be referred to by tokens which go stale when their entry goes.
 
+use std::collections::VecDeque;
+
 /// Refers to one entry of a [`Slab`], and to no later one in its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Token {
@@ -112,6 +114,16 @@ impl<T> Slab<T> {
     }
 }
 
+impl<T> Slab<T> {
+    /// Puts a token at the end of a queue of tokens. Stale ones are thrown out before the queue gets much longer than the table can be.
+    pub(crate) fn enqueue(&mut self, queue: &mut VecDeque<Token>, token: Token) {
+        if queue.len() >= self.limit * 2 {
+            queue.retain(|token| self.get_mut(*token).is_some());
+        }
+        queue.push_back(token);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,5 +139,17 @@ mod tests {
         assert_eq!(slab.get_mut(a), None);
         assert_eq!(slab.get_mut(c), Some(&mut 'c'));
         assert_eq!((slab.remove(a), slab.len()), (None, 2));
+    }
+
+    #[test]
+    fn queues_of_tokens_stay_short() {
+        let mut slab = Slab::new(2);
+        let mut queue = VecDeque::new();
+        for n in 0..1000 {
+            let token = slab.insert(n).unwrap();
+            slab.enqueue(&mut queue, token);
+            slab.remove(token);
+        }
+        assert!(queue.len() <= 4);
     }
 }

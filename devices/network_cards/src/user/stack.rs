@@ -304,3 +304,11 @@ impl Stack {
         }
     }
 }
+
+#[cfg(test)]
+impl Stack {
+    /// Tokens in the queues of those that have something to say.
+    pub(crate) fn queued_tokens(&self) -> usize {
+        self.tcp.queued_tokens() + self.udp.queued_tokens()
+    }
+}

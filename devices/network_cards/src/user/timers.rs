@@ -1,7 +1,6 @@
 //! Deadlines of the stack, and the one kernel timer that stands for all of them.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -31,10 +30,11 @@ pub(crate) enum Owner {
     Listeners,
 }
 
-/// All deadlines. Entries are not withdrawn: an owner whose deadline has moved on asks again when it is called too early.
+/// All deadlines. Each owner has one at most and knows it; one that only moves to a later time can stay, and the owner asks
+/// again when it is called too early.
 #[derive(Debug)]
 pub(crate) struct Timers {
-    heap: BinaryHeap<Reverse<(Millis, Owner)>>,
+    deadlines: BTreeSet<(Millis, Owner)>,
     fd: OwnedFd,
     /// What the kernel's timer is set to.
     armed: Option<Millis>,
@@ -47,7 +47,7 @@ impl Timers {
         let fd = timerfd_create(TimerfdClockId::Monotonic, flags)
             .map_err(|e| NetError::os("can't make a timer", e))?;
         Ok(Self {
-            heap: BinaryHeap::new(),
+            deadlines: BTreeSet::new(),
             fd,
             armed: None,
             start: Instant::now(),
@@ -60,22 +60,27 @@ impl Timers {
     }
 
     pub(crate) fn set(&mut self, at: Millis, owner: Owner) {
-        self.heap.push(Reverse((at, owner)));
+        self.deadlines.insert((at, owner));
+    }
+
+    /// Withdraws a deadline.
+    pub(crate) fn cancel(&mut self, at: Millis, owner: Owner) {
+        self.deadlines.remove(&(at, owner));
     }
 
     /// The next deadline that has passed.
     pub(crate) fn pop_due(&mut self, now: Millis) -> Option<Owner> {
-        let Reverse((at, owner)) = *self.heap.peek()?;
+        let (at, owner) = *self.deadlines.first()?;
         if at > now {
             return None;
         }
-        self.heap.pop();
+        self.deadlines.pop_first();
         Some(owner)
     }
 
     /// Sets the kernel's timer for the first deadline, if it is not set early enough.
     pub(crate) fn arm(&mut self, now: Millis) {
-        let Some(&Reverse((at, _))) = self.heap.peek() else {
+        let Some(&(at, _)) = self.deadlines.first() else {
             return;
         };
         if self.armed.is_some_and(|armed| armed <= at) {
@@ -109,5 +114,12 @@ impl Timers {
 impl AsFd for Timers {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+impl Timers {
+    pub(crate) fn len(&self) -> usize {
+        self.deadlines.len()
     }
 }

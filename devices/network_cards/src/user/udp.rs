@@ -48,6 +48,7 @@ struct Flow {
     kind: Kind,
     last_used: Millis,
     queued: bool,
+    timer_at: Millis,
 }
 
 impl Flow {
@@ -204,10 +205,10 @@ impl Udp {
             if !self.is_stale(link, token) {
                 return Ok(token);
             }
-            self.remove(token);
+            self.remove(link, token);
         }
         if self.flows.is_full() {
-            self.evict();
+            self.evict(link);
         }
         // The name server may have changed after the question: ask for it again.
         let target = if dns {
@@ -226,7 +227,7 @@ impl Udp {
         let ends = link.now + flow.timeout();
         let token = self.insert(link, flow)?;
         self.by_key.insert((guest, dns), token);
-        link.timers.set(ends, Owner::Udp(token));
+        self.set_timer(link, token, ends);
         Ok(token)
     }
 
@@ -246,7 +247,14 @@ impl Udp {
         stale
     }
 
-    fn evict(&mut self) {
+    fn set_timer(&mut self, link: &mut Link, token: Token, at: Millis) {
+        if let Some(flow) = self.flows.get_mut(token) {
+            flow.timer_at = at;
+            link.timers.set(at, Owner::Udp(token));
+        }
+    }
+
+    fn evict(&mut self, link: &mut Link) {
         let by_key = &self.by_key;
         let quiet = self
             .flows
@@ -255,7 +263,7 @@ impl Udp {
             .min_by_key(|(_, flow)| flow.last_used)
             .map(|(token, _)| token);
         if let Some(token) = quiet {
-            self.remove(token);
+            self.remove(link, token);
         }
     }
 
@@ -306,7 +314,7 @@ impl Udp {
             && !flow.queued
         {
             flow.queued = true;
-            self.ready.push_back(token);
+            self.flows.enqueue(&mut self.ready, token);
         }
     }
 
@@ -317,14 +325,15 @@ impl Udp {
         };
         let ends = flow.last_used + flow.timeout();
         if ends > link.now {
-            link.timers.set(ends, Owner::Udp(token));
+            self.set_timer(link, token, ends);
         } else {
-            self.remove(token);
+            self.remove(link, token);
         }
     }
 
-    fn remove(&mut self, token: Token) {
+    fn remove(&mut self, link: &mut Link, token: Token) {
         if let Some(flow) = self.flows.remove(token) {
+            link.timers.cancel(flow.timer_at, Owner::Udp(token));
             self.by_key.remove(&(flow.guest, flow.is_dns()));
         }
     }
@@ -383,6 +392,7 @@ impl Flow {
             kind,
             last_used,
             queued: false,
+            timer_at: 0,
         }
     }
 }
@@ -469,4 +479,11 @@ fn is_broadcast(link: &Link, ip: IpAddr) -> bool {
 
 fn is_dns_address(link: &Link, ip: IpAddr) -> bool {
     ip == link.addresses.dns || ip == link.addresses.dns6
+}
+
+#[cfg(test)]
+impl Udp {
+    pub(crate) fn queued_tokens(&self) -> usize {
+        self.ready.len()
+    }
 }

@@ -140,7 +140,7 @@ impl Tcp {
                 .get_mut(old)
                 .is_some_and(|c| c.yields_to(&segment))
         {
-            self.remove(old);
+            self.remove(link, old);
             token = None;
         }
         match token {
@@ -317,12 +317,18 @@ impl Tcp {
 
     /// The guest's place on the link became known: connections that wait for it can start.
     pub(crate) fn on_neighbour(&mut self) {
-        for (token, connection) in self.connections.iter_mut() {
-            if connection.mac.is_none() && !connection.queued {
+        let waiting: Vec<_> = self
+            .connections
+            .iter_mut()
+            .filter(|(_, c)| c.mac.is_none() && !c.queued)
+            .map(|(token, connection)| {
                 connection.ask_again();
                 connection.queued = true;
-                self.ready.push_back(token);
-            }
+                token
+            })
+            .collect();
+        for token in waiting {
+            self.connections.enqueue(&mut self.ready, token);
         }
     }
 
@@ -383,7 +389,7 @@ impl Tcp {
         };
         if !connection.queued && connection.has_output() {
             connection.queued = true;
-            self.ready.push_back(token);
+            self.connections.enqueue(&mut self.ready, token);
         }
         self.update_timer(link, token);
     }
@@ -393,18 +399,23 @@ impl Tcp {
             return;
         };
         if connection.phase() == Phase::Dead {
-            return self.remove(token);
+            return self.remove(link, token);
         }
         if let Some(at) = connection.deadline()
             && connection.timer_at.is_none_or(|set| at < set)
         {
-            connection.timer_at = Some(at);
+            if let Some(later) = connection.timer_at.replace(at) {
+                link.timers.cancel(later, Owner::Tcp(token));
+            }
             link.timers.set(at, Owner::Tcp(token));
         }
     }
 
-    fn remove(&mut self, token: Token) {
+    fn remove(&mut self, link: &mut Link, token: Token) {
         if let Some(connection) = self.connections.remove(token) {
+            if let Some(at) = connection.timer_at {
+                link.timers.cancel(at, Owner::Tcp(token));
+            }
             self.by_key.remove(&(connection.guest, connection.peer));
         }
     }
@@ -480,5 +491,12 @@ fn connect(target: SocketAddr) -> rustix::io::Result<(OwnedFd, bool)> {
         Ok(()) => Ok((socket, true)),
         Err(Errno::INPROGRESS | Errno::INTR) => Ok((socket, false)),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+impl Tcp {
+    pub(crate) fn queued_tokens(&self) -> usize {
+        self.ready.len()
     }
 }
