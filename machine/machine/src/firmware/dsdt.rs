@@ -13,7 +13,7 @@ use super::acpi::{AcpiConfig, PM_BASE};
 use crate::memory_map::{ECAM, HPET, PCI_MEMORY};
 
 /// First global interrupt of the eight that PCI pins lead to.
-pub(crate) const PCI_GSI: u32 = 16;
+const PCI_GSI: u32 = 16;
 /// Devices on the root bus.
 const SLOTS: u32 = 32;
 /// Identity of `_OSC` for PCI host bridges (PCI firmware specification 3.3, section 4.5).
@@ -22,19 +22,18 @@ const PCI_OSC: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
 const OSC_GRANTED: u32 = 0x1d;
 const COM_PORTS: [(u16, u32); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
 
-/// The global interrupt of a PCI interrupt pin (0 for INTA#) of a device on the root bus. The devices are spread over the
-/// eight pins of the I/O APIC that are wired to PCI.
-pub(crate) fn pci_gsi(slot: u8, pin: u8) -> u32 {
-    PCI_GSI + (u32::from(slot) + u32::from(pin)) % 4 + 4
+/// The global interrupt of a PCI interrupt pin (0 for INTA#) of a device on the root bus.
+fn pci_gsi(slot: u8, pin: u8) -> u32 {
+    PCI_GSI + pci::lpc::pirq_of(slot, pin) as u32
 }
 
 /// The body of the DSDT.
 pub(super) fn build(config: &AcpiConfig<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    // \_S5: soft off is sleep type 0 on this power management block.
+    let soft_off = chipset::pm::SLEEP_TYPE_S5;
     Name::new(
         "_S5_".into(),
-        &Package::new(vec![&ZERO, &ZERO, &ZERO, &ZERO]),
+        &Package::new(vec![&soft_off, &soft_off, &ZERO, &ZERO]),
     )
     .to_aml_bytes(&mut bytes);
     system_devices(&mut bytes);

@@ -1,0 +1,82 @@
+//! Devices that the specification adds to a board: virtio over PCI.
+
+use std::sync::Arc;
+
+use device_model::Doorbells;
+use pci::{ExpressType, PciDevice};
+use virtio::balloon::{Balloon, BalloonOptions};
+use virtio::console::{Console, ConsoleOptions};
+use virtio::device::VirtioDevice;
+use virtio::rng::Rng;
+use virtio::transport::{PciWiring, VirtioPci};
+use vm_spec::{BalloonSpec, VmSpec};
+
+use super::{Base, Q35};
+use crate::io::Processor;
+use crate::lifecycle::Lifecycle;
+use crate::{MachineError, chars, disks, nets};
+
+/// Adds what the specification asks for.
+pub(crate) struct Peripherals<'a> {
+    pub(crate) base: &'a Base,
+    pub(crate) board: &'a mut Q35,
+    pub(crate) lifecycle: &'a Arc<Lifecycle>,
+}
+
+impl Peripherals<'_> {
+    /// Adds everything, in the order in which a guest numbers it.
+    pub(crate) fn add(&mut self, spec: &VmSpec) -> Result<(), MachineError> {
+        for serial in &spec.serials {
+            let backend = chars::open("--serial", serial, self.lifecycle)?;
+            self.board.add_serial(backend)?;
+        }
+        for (number, disk) in spec.disks.iter().enumerate() {
+            let device = disks::virtio_disk(disk, number, spec.cpus)?;
+            self.plug(format!("disk{number}"), device)?;
+        }
+        for (number, net) in spec.nets.iter().enumerate() {
+            let device = nets::virtio_card(net, number)?;
+            self.plug(format!("net{number}"), device)?;
+        }
+        for (number, console) in spec.consoles.iter().enumerate() {
+            let backend = chars::open("--console", console, self.lifecycle)?;
+            let options = ConsoleOptions {
+                console: Some(backend),
+                ports: Vec::new(),
+            };
+            let (device, _handle) =
+                Console::new(options).map_err(|e| MachineError::Spec(format!("--console: {e}")))?;
+            self.plug(format!("console{number}"), Box::new(device))?;
+        }
+        if let Some(balloon) = &spec.balloon {
+            self.add_balloon(balloon)?;
+        }
+        if spec.rng {
+            let device = Rng::new(None).map_err(|e| MachineError::host("--rng", e))?;
+            self.plug("rng".into(), Box::new(device))?;
+        }
+        Ok(())
+    }
+
+    fn add_balloon(&mut self, spec: &BalloonSpec) -> Result<(), MachineError> {
+        let options = BalloonOptions {
+            deflate_on_oom: spec.deflate_on_oom,
+            free_page_reporting: spec.free_page_reporting,
+        };
+        let (device, _handle) = Balloon::new(options, &self.base.clock)
+            .map_err(|e| MachineError::host("--balloon", e))?;
+        self.plug("balloon".into(), Box::new(device))
+    }
+
+    fn plug(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+        let doorbells: Arc<dyn Doorbells> = Arc::new(Processor(self.base.vm.clone()));
+        let wiring = PciWiring {
+            memory: self.base.memory.clone(),
+            doorbells: Some(doorbells),
+            express: Some(ExpressType::RootIntegratedEndpoint),
+            withheld: 0,
+        };
+        let function = VirtioPci::new(name, device, wiring)?;
+        self.board.plug(function as Arc<dyn PciDevice>)
+    }
+}

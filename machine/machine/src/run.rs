@@ -1,0 +1,425 @@
+//! A machine from its specification to its end.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use accel::{Accel, CpuIo, Vcpu, VcpuConfig, VmConfig};
+use device_model::{PowerEvent, ResetKind};
+use guest_clock::GuestClock;
+use guest_memory::{BackingOptions, GuestMemory};
+use qmp::{Control, Event, RunState, Server};
+use vm_spec::VmSpec;
+
+use crate::MachineError;
+use crate::board::{Base, Peripherals, Q35};
+use crate::cpu_model::CpuModel;
+use crate::firmware::{AcpiConfig, SmbiosConfig, write_acpi, write_smbios};
+use crate::io::Buses;
+use crate::lifecycle::{Lifecycle, Request};
+use crate::loader::{self, BootInfo, Entry};
+use crate::memory_map::MemoryMap;
+use crate::processor;
+use crate::signals;
+
+/// How a machine is run; nothing that the guest can see.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions {
+    /// Unix socket for QMP clients.
+    pub qmp: Option<PathBuf>,
+    /// File for the process ID.
+    pub pidfile: Option<PathBuf>,
+    /// Wait for QMP's `cont` before the guest runs.
+    pub paused: bool,
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered off.
+    PoweredOff,
+    /// A person ended it.
+    Quit,
+    /// The guest reset or crashed and was not to be booted again; the text says which.
+    Ended(String),
+}
+
+/// Smallest and largest guest memory, in bytes.
+const MIN_MEMORY: u64 = 2 << 20;
+const MAX_MEMORY: u64 = 1 << 40;
+/// How long output may take to reach the host at the end.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// A machine that has been built.
+struct Machine {
+    spec: VmSpec,
+    base: Base,
+    board: Q35,
+    lifecycle: Arc<Lifecycle>,
+    threads: Vec<JoinHandle<()>>,
+    requests: Receiver<Request>,
+    sender: Sender<Request>,
+    paused: bool,
+}
+
+/// Builds a machine and runs it to its end.
+///
+/// # Errors
+/// When it can't be built, or the guest can't go on.
+pub fn run(spec: &VmSpec, options: &RunOptions) -> Result<Outcome, MachineError> {
+    let result = Machine::build(spec).and_then(|machine| {
+        signals::serve(machine.sender.clone())?;
+        machine.live(options)
+    });
+    char_backends::terminal::restore();
+    if let Some(path) = &options.pidfile {
+        let _ = std::fs::remove_file(path);
+    }
+    result
+}
+
+fn host_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.map_or(u64::MAX, |kib| kib << 10)
+}
+
+fn check_memory(size: u64) -> Result<(), MachineError> {
+    let refuse = |text: String| Err(MachineError::Spec(format!("--memory: {text}")));
+    let shown = vm_spec::format_size(size);
+    if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(guest_memory::PAGE_SIZE) {
+        return refuse(format!(
+            "{shown}: expected 2 MiB to 1 TiB, in pages of 4 KiB"
+        ));
+    }
+    let host = host_memory();
+    if size > host {
+        return refuse(format!(
+            "{shown}: the host has {}",
+            vm_spec::format_size(host)
+        ));
+    }
+    Ok(())
+}
+
+impl Machine {
+    fn build(spec: &VmSpec) -> Result<Self, MachineError> {
+        check_memory(spec.memory.size)?;
+        if spec.kernel.is_none() {
+            let text = "--kernel: needed, as there is no firmware to boot from a disk yet";
+            return Err(MachineError::Spec(text.into()));
+        }
+        let accel = processor::choose(spec.accel)?;
+        let model = CpuModel::new(&spec.cpu, accel.supported_cpuid()?, spec.cpus)?;
+        let clock = GuestClock::new();
+        let memory = GuestMemory::new();
+        let map = MemoryMap::new(spec.memory.size);
+        let backing = BackingOptions {
+            shared: false,
+            huge_pages: spec.memory.huge_pages,
+            mergeable: spec.memory.mergeable,
+        };
+        map.allocate(&memory, backing)?;
+        let config = VmConfig {
+            memory: memory.clone(),
+            clock: clock.clone(),
+            max_vcpus: spec.cpus,
+        };
+        let vm = accel.create_vm(config)?;
+        let (sender, requests) = channel();
+        let lifecycle = Lifecycle::new(clock.clone(), sender.clone());
+        let base = Base {
+            vm,
+            memory,
+            clock,
+            power: lifecycle.clone(),
+            map,
+        };
+        let mut board = Q35::new(&base, spec.cpus)?;
+        Peripherals {
+            base: &base,
+            board: &mut board,
+            lifecycle: &lifecycle,
+        }
+        .add(spec)?;
+        let mut machine = Self {
+            spec: spec.clone(),
+            base,
+            board,
+            lifecycle,
+            threads: Vec::new(),
+            requests,
+            sender,
+            paused: false,
+        };
+        let vcpus = machine.vcpus(&*accel, &model)?;
+        let io: Arc<dyn CpuIo> = Arc::new(Buses {
+            ports: machine.board.ports.clone(),
+            memory: machine.board.memory.clone(),
+            controllers: machine.board.controllers(),
+        });
+        machine.threads = machine
+            .lifecycle
+            .start(vcpus, &io)
+            .map_err(|e| MachineError::host("a vCPU's thread", e))?;
+        Ok(machine)
+    }
+
+    fn vcpus(
+        &self,
+        accel: &dyn Accel,
+        model: &CpuModel,
+    ) -> Result<Vec<Box<dyn Vcpu>>, MachineError> {
+        let tsc_khz = accel.tsc_khz();
+        let make = |apic_id| {
+            let cpuid = model.table(apic_id);
+            Ok(self.base.vm.create_vcpu(VcpuConfig {
+                apic_id,
+                cpuid,
+                tsc_khz,
+            })?)
+        };
+        (0..self.spec.cpus).map(make).collect()
+    }
+
+    /// Writes firmware tables and the kernel into fresh memory.
+    fn load(&self) -> Result<Option<Entry>, MachineError> {
+        let apic_ids: Vec<u32> = (0..self.spec.cpus).collect();
+        let acpi = AcpiConfig {
+            apic_ids: &apic_ids,
+            ram: &self.base.map.ram(),
+            pci_memory_64: self.board.pci_memory_64(),
+            serial_ports: &self.board.serial_ports(),
+            pvpanic: true,
+        };
+        let rsdp = write_acpi(&self.base.memory, &acpi)?;
+        let smbios = SmbiosConfig {
+            uuid: self.spec.uuid,
+            cpus: self.spec.cpus,
+            memory: self.spec.memory.size,
+        };
+        write_smbios(&self.base.memory, &smbios)?;
+        self.board.set_up_for_kernel()?;
+        let Some(kernel) = &self.spec.kernel else {
+            return Ok(None);
+        };
+        let info = BootInfo {
+            append: &kernel.append,
+            initrd: kernel.initrd.as_deref(),
+            map: &self.base.map,
+            rsdp,
+        };
+        Ok(Some(loader::load(
+            &self.base.memory,
+            &kernel.kernel,
+            &info,
+        )?))
+    }
+
+    /// Runs the machine to its end.
+    fn live(mut self, options: &RunOptions) -> Result<Outcome, MachineError> {
+        let entry = self.load()?;
+        self.lifecycle.reset(entry);
+        let control = Arc::new(QmpControl {
+            requests: self.sender.clone(),
+            lifecycle: self.lifecycle.clone(),
+        });
+        let qmp = options
+            .qmp
+            .as_deref()
+            .map(|path| Server::listen(path, control))
+            .transpose()?;
+        if let Some(path) = &options.pidfile {
+            let text = format!("{}\n", std::process::id());
+            std::fs::write(path, text)
+                .map_err(|e| MachineError::host(format!("--pidfile {}", path.display()), e))?;
+        }
+        self.paused = options.paused;
+        if !self.paused {
+            self.lifecycle.run();
+        }
+        let result = self.serve(qmp.as_ref());
+        self.lifecycle.end();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        self.board.drain(DRAIN);
+        result
+    }
+
+    /// Takes requests until one ends the machine.
+    fn serve(&mut self, qmp: Option<&Server>) -> Result<Outcome, MachineError> {
+        let tell = |event: Event| {
+            if let Some(server) = qmp {
+                server.event(&event);
+            }
+        };
+        let mut terminating = false;
+        loop {
+            let Ok(request) = self.requests.recv() else {
+                return Ok(Outcome::Quit);
+            };
+            match request {
+                Request::Power(PowerEvent::Shutdown(_)) => {
+                    tell(Event::Shutdown {
+                        guest: true,
+                        reason: "guest-shutdown",
+                    });
+                    return Ok(Outcome::PoweredOff);
+                }
+                Request::Power(PowerEvent::Reset(_)) => {
+                    if let Some(outcome) = self.guest_reset("the guest has reset", &tell)? {
+                        return Ok(outcome);
+                    }
+                }
+                Request::TripleFault => {
+                    let why = "the guest has reset by a triple fault";
+                    if let Some(outcome) = self.guest_reset(why, &tell)? {
+                        return Ok(outcome);
+                    }
+                }
+                Request::Power(PowerEvent::Panic(_)) => tell(Event::GuestPanicked),
+                Request::Power(PowerEvent::Suspend | PowerEvent::Wake(_)) => {}
+                Request::Failed(why) => {
+                    tell(Event::Stop);
+                    return Err(MachineError::Guest(why));
+                }
+                Request::Stop(done) => {
+                    if !self.paused {
+                        self.lifecycle.park();
+                        self.paused = true;
+                        tell(Event::Stop);
+                    }
+                    let _ = done.send(());
+                }
+                Request::Continue => {
+                    if self.paused {
+                        self.paused = false;
+                        self.lifecycle.run();
+                        tell(Event::Resume);
+                    }
+                }
+                Request::Reset => {
+                    self.reset()?;
+                    tell(Event::Reset {
+                        guest: false,
+                        reason: "host-qmp-system-reset",
+                    });
+                }
+                Request::PowerButton => {
+                    tell(Event::Powerdown);
+                    self.board.press_power_button();
+                }
+                Request::Terminate if !terminating => {
+                    terminating = true;
+                    tell(Event::Powerdown);
+                    self.board.press_power_button();
+                }
+                Request::Terminate => {
+                    tell(Event::Shutdown {
+                        guest: false,
+                        reason: "host-signal",
+                    });
+                    return Ok(Outcome::Quit);
+                }
+                Request::Quit => {
+                    tell(Event::Shutdown {
+                        guest: false,
+                        reason: "host-qmp-quit",
+                    });
+                    return Ok(Outcome::Quit);
+                }
+            }
+        }
+    }
+
+    fn guest_reset(
+        &mut self,
+        why: &str,
+        tell: &impl Fn(Event),
+    ) -> Result<Option<Outcome>, MachineError> {
+        if self.spec.no_reboot {
+            tell(Event::Shutdown {
+                guest: true,
+                reason: "guest-reset",
+            });
+            return Ok(Some(Outcome::Ended(why.into())));
+        }
+        self.reset()?;
+        tell(Event::Reset {
+            guest: true,
+            reason: "guest-reset",
+        });
+        Ok(None)
+    }
+
+    /// Resets the machine and boots it again.
+    fn reset(&mut self) -> Result<(), MachineError> {
+        self.lifecycle.park();
+        self.board.reset(ResetKind::Cold);
+        // A kernel that is loaded without firmware relies on memory that is zero where it has no bytes.
+        for region in self.base.memory.regions().iter().filter(|r| !r.read_only) {
+            region.backing.discard(region.offset, region.size);
+        }
+        // Requests from before the reset are of a machine that is gone.
+        let stale = |r: &Request| matches!(r, Request::Power(_) | Request::TripleFault);
+        let kept: Vec<Request> = self.requests.try_iter().filter(|r| !stale(r)).collect();
+        for request in kept {
+            let _ = self.sender.send(request);
+        }
+        let entry = self.load()?;
+        self.lifecycle.reset(entry);
+        if !self.paused {
+            self.lifecycle.run();
+        }
+        Ok(())
+    }
+}
+
+/// QMP's hand on the machine.
+struct QmpControl {
+    requests: Sender<Request>,
+    lifecycle: Arc<Lifecycle>,
+}
+
+impl QmpControl {
+    fn post(&self, request: Request) {
+        // The main thread is gone only when the machine has ended.
+        let _ = self.requests.send(request);
+    }
+}
+
+impl Control for QmpControl {
+    fn status(&self) -> RunState {
+        if self.lifecycle.is_running() {
+            RunState::Running
+        } else {
+            RunState::Paused
+        }
+    }
+
+    fn stop(&self) {
+        let (done, stopped) = channel();
+        self.post(Request::Stop(done));
+        let _ = stopped.recv();
+    }
+
+    fn cont(&self) {
+        self.post(Request::Continue);
+    }
+
+    fn system_reset(&self) {
+        self.post(Request::Reset);
+    }
+
+    fn system_powerdown(&self) {
+        self.post(Request::PowerButton);
+    }
+
+    fn quit(&self) {
+        self.post(Request::Quit);
+    }
+}
