@@ -50,6 +50,9 @@ pub mod spec {
     /// Output port: A20 gate.
     pub const OUT_A20: u8 = 0x02;
 
+    /// Output port: lines that are always high: the keyboard's and the mouse's data and clock.
+    pub const OUT_ONES: u8 = 0xcc;
+
     /// Port 92h: fast reset.
     pub const PORT_92_RESET: u8 = 0x01;
     /// Port 92h: A20 gate.
@@ -255,7 +258,7 @@ impl I8042 {
             0xae => state.memory[0] &= !MODE_KBD_OFF,
             0xc0 => answer(0x80), // not locked
             0xd0 => {
-                let byte = state.output_port;
+                let byte = state.output_port | OUT_ONES;
                 answer(byte);
             }
             0xd1 => state.next = Next::OutputPort,
