@@ -3,7 +3,7 @@
 //! * [`queue`]: virtqueues, split and packed.
 //! * [`device`]: what a device is to its transport.
 //! * [`transport`]: modern virtio over PCI.
-//! * The devices: [`blk`], [`net`], [`console`], [`balloon`], [`rng`].
+//! * The devices: [`blk`], [`net`], [`console`], [`balloon`], [`vsock`], [`rng`].
 //! * [`spec`]: numbers that all devices share.
 //!
 //! A vCPU's access to a device's registers is handled on the vCPU's thread, under the transport's lock; doorbells only signal
@@ -16,6 +16,8 @@ pub mod console;
 pub mod device;
 mod doorbell;
 mod guest_io;
+#[cfg(test)]
+mod hostile;
 pub mod net;
 pub mod queue;
 pub mod rng;
@@ -23,4 +25,5 @@ pub mod spec;
 #[cfg(test)]
 mod testing;
 pub mod transport;
+pub mod vsock;
 mod worker;

@@ -227,6 +227,12 @@ impl DriverQueue {
         Some((request, len))
     }
 
+    /// Takes all descriptors for free, used or not: a driver that has lost its mind.
+    pub(crate) fn forget_used(&mut self) {
+        self.requests.clear();
+        self.free = (0..self.size).rev().collect();
+    }
+
     fn used_split(&mut self) -> Option<(u16, u32)> {
         let area = self.device_area();
         if self.memory.load_u16(area + 2).unwrap() == self.used_next {
