@@ -14,7 +14,7 @@
 //!     if poll_fd was ready:        queue.process()
 //!     while guest has frames:      match queue.transmit(header, frame) { Accepted => complete it, WouldBlock => stop }
 //!     while guest has buffers:     match queue.receive(buffers) { Some => give it to the guest, None => stop }
-//!     signal the guest's used rings once
+//!     signal the guest's used rings once; tell the guest if link() has changed
 //! }
 //! ```
 //!
@@ -70,8 +70,8 @@ pub trait NetBackend: Send + Sync + fmt::Debug {
     /// All that were taken are in use at first.
     fn set_active_queues(&self, pairs: u16) -> Result<(), NetError>;
 
-    /// The link's own state. A change makes the first queue's descriptor ready; the card asks again after each
-    /// [`NetQueue::process`].
+    /// The link's own state. It changes within a call of one of the first queue's methods, so the card asks again after each
+    /// pass of its loop.
     fn link(&self) -> LinkState;
 }
 

@@ -736,6 +736,11 @@ impl Connection {
         self.resend_waits = true;
         match self.phase {
             Phase::SynReceived | Phase::SynSent => self.syn_due = true,
+            _ if self.snd_wnd > 0 && self.retries == 1 => {
+                // Perhaps the guest is only slow: one frame will tell.
+                self.recover = Some(self.max);
+                (self.resend_head, self.dup_acks) = (true, 0);
+            }
             _ => {
                 self.nxt = self.una;
                 (self.recover, self.resend_head, self.dup_acks) = (None, false, 0);
