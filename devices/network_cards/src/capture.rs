@@ -44,7 +44,7 @@ impl CaptureConfig {
 /// A link whose frames are recorded.
 #[derive(Debug)]
 pub struct Captured {
-    link: Box<dyn NetBackend>,
+    link: Arc<dyn NetBackend>,
     log: Arc<Mutex<Log>>,
 }
 
@@ -62,7 +62,7 @@ impl Captured {
     /// # Errors
     ///
     /// The file can't be made or written.
-    pub fn new(link: Box<dyn NetBackend>, config: &CaptureConfig) -> Result<Self, NetError> {
+    pub fn new(link: Arc<dyn NetBackend>, config: &CaptureConfig) -> Result<Self, NetError> {
         let file = create(&config.file, config.max_len).map_err(|e| {
             NetError::os(
                 format!("can't record the network to {}", config.file.display()),
@@ -235,7 +235,7 @@ mod tests {
             file: file.clone(),
             max_len: 100,
         };
-        let a = Captured::new(Box::new(a), &config).unwrap();
+        let a = Captured::new(Arc::new(a), &config).unwrap();
         let mut near = a.take_queues(1).unwrap().remove(0);
         let mut far = b.take_queues(1).unwrap().remove(0);
         let header = OffloadHeader::default();
@@ -267,7 +267,7 @@ mod tests {
     fn a_file_that_can_not_be_made_is_told_in_a_line() {
         let (a, _b) = crossover().unwrap();
         let error =
-            Captured::new(Box::new(a), &CaptureConfig::new("/nowhere/net.pcap")).unwrap_err();
+            Captured::new(Arc::new(a), &CaptureConfig::new("/nowhere/net.pcap")).unwrap_err();
         assert_eq!(
             error.to_string(),
             "can't record the network to /nowhere/net.pcap"

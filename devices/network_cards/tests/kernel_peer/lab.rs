@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use network_cards::offload::MAX_FRAME;
 use network_cards::{
-    NetBackend, NetQueue, OffloadHeader, Offloads, Tap, TapConfig, Transmit, UserNet, UserNetConfig,
+    CaptureConfig, Captured, NetBackend, NetQueue, OffloadHeader, Offloads, Tap, TapConfig,
+    Transmit, UserNet, UserNetConfig,
 };
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -31,7 +33,7 @@ impl Namespace {
         if !rustix::process::geteuid().is_root() {
             return Err("needs root".into());
         }
-        if !std::path::Path::new("/dev/net/tun").exists() {
+        if !Path::new("/dev/net/tun").exists() {
             return Err("needs /dev/net/tun".into());
         }
         Self::new().ok_or_else(|| "needs network namespaces (unshare)".into())
@@ -142,6 +144,19 @@ pub(crate) enum Card {
 impl Lab {
     /// Makes a lab, or says why that is not possible here.
     pub(crate) fn new(config: UserNetConfig, card: Card) -> Result<Self, String> {
+        Self::make(config, card, None)
+    }
+
+    /// Makes a lab that records what passes.
+    pub(crate) fn with_capture(
+        config: UserNetConfig,
+        card: Card,
+        file: &Path,
+    ) -> Result<Self, String> {
+        Self::make(config, card, Some(file))
+    }
+
+    fn make(config: UserNetConfig, card: Card, file: Option<&Path>) -> Result<Self, String> {
         let (guest, world) = (Namespace::for_test()?, Namespace::for_test()?);
         world.shell(
             "ip link set lo up; ip addr add 192.0.2.1/32 dev lo; ip addr add 2001:db8::1/128 dev lo
@@ -157,6 +172,12 @@ impl Lab {
             .unwrap();
         let net = world.run(|| UserNet::new(config)).unwrap();
         let forwards = net.forwarded_ports().to_vec();
+        let net: Arc<dyn NetBackend> = match file {
+            Some(file) => {
+                Arc::new(Captured::new(Arc::new(net), &CaptureConfig::new(file)).unwrap())
+            }
+            None => Arc::new(net),
+        };
         match card {
             Card::Modern => {
                 tap.set_offloads(net.transmit_offloads() & tap.receive_offloads())

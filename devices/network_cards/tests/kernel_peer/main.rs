@@ -416,3 +416,65 @@ fn needs_root_curl_and_wget_fetch_a_page() {
         assert!(output.status.success() && output.stdout == page, "{tool}");
     }
 }
+
+#[test]
+fn needs_root_datagrams_that_the_guest_did_not_cut_arrive_cut() {
+    let lab = lab!(UserNetConfig::default(), Card::Modern);
+    if !has("python3") {
+        return eprintln!("skipped: needs python3, for UDP_SEGMENT");
+    }
+    lab.configure();
+    let server = lab.world.run(|| UdpSocket::bind("127.0.0.1:0")).unwrap();
+    server.set_read_timeout(TIMEOUT).unwrap();
+    let port = server.local_addr().unwrap().port();
+    // SOL_UDP and UDP_SEGMENT.
+    lab.guest.shell(&format!(
+        "python3 -c '
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(17, 103, 1000)
+s.sendto(bytes(n // 1000 for n in range(5300)), (\"10.0.2.2\", {port}))'"
+    ));
+    let mut buffer = [0; 10_000];
+    for n in 0..6u8 {
+        let len = server.recv(&mut buffer).unwrap();
+        assert_eq!(buffer[..len], vec![n; if n == 5 { 300 } else { 1000 }]);
+    }
+}
+
+/// What passes can be read by tcpdump while it goes on.
+#[test]
+fn needs_root_a_capture_shows_the_guests_frames() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("net.pcap");
+    let lab = match Lab::with_capture(UserNetConfig::default(), Card::Modern, &file) {
+        Ok(lab) => lab,
+        Err(why) => return eprintln!("skipped: {why}"),
+    };
+    lab.configure();
+    let (listener, port) = listen(&lab, "127.0.0.1:0");
+    let near = connect(&lab, "10.0.2.2", port).unwrap();
+    exchange(near, listener.accept().unwrap().0, 1000, 100_000);
+    let bytes = std::fs::read(&file).unwrap();
+    let mut at = 24;
+    let mut arp = 0;
+    let mut payload = 0;
+    while at + 16 <= bytes.len() {
+        let kept = u32::from_ne_bytes(bytes[at + 8..at + 12].try_into().unwrap()) as usize;
+        let frame = &bytes[at + 16..at + 16 + kept];
+        arp += usize::from(frame[12..14] == [8, 6]);
+        let from_host = frame[12..14] == [8, 0] && frame[23] == 6 && frame[26..30] == [10, 0, 2, 2];
+        payload += if from_host {
+            frame.len().saturating_sub(54)
+        } else {
+            0
+        };
+        at += 16 + kept;
+    }
+    assert_eq!(at, bytes.len());
+    // The SYN's options count as well.
+    assert!(
+        arp >= 2 && (100_000..100_100).contains(&payload),
+        "{arp} {payload}"
+    );
+}
