@@ -280,10 +280,14 @@ pub fn config_read(device: &dyn PciDevice, offset: u16, data: &mut [u8]) {
     device.config_read(offset, data);
 }
 
-/// A guest's write of a function's configuration space.
+/// A guest's write of a function's configuration space. One that starts a function level reset (PCI Express Base 4.0, section
+/// 6.6.2) resets the device.
 pub fn config_write(device: &dyn PciDevice, offset: u16, data: &[u8]) {
     device.function().config_write(offset, data);
     device.config_written(offset, data.len());
+    if device.function().starts_reset(offset, data) {
+        device.reset(ResetKind::Warm);
+    }
 }
 
 /// Whether a function has a bridge's header.

@@ -186,6 +186,23 @@ impl PciFunction {
         }
     }
 
+    /// True if a guest's write sets the bit of Device Control that starts a function level reset, where that is offered. The bit
+    /// always reads as 0, so it is looked for in what is written.
+    pub(crate) fn starts_reset(&self, offset: u16, data: &[u8]) -> bool {
+        use crate::spec::express::{
+            DEVICE_CAP, DEVICE_CAP_FLR, DEVICE_CONTROL, DEVICE_CONTROL_FLR,
+        };
+        let Some(at) = self.express_cap else {
+            return false;
+        };
+        let [_, bit] = DEVICE_CONTROL_FLR.to_le_bytes();
+        let written = usize::from(at + DEVICE_CONTROL + 1)
+            .checked_sub(usize::from(offset))
+            .and_then(|into| data.get(into));
+        written.is_some_and(|byte| byte & bit != 0)
+            && self.config(|c| c.u32(at + DEVICE_CAP)) & DEVICE_CAP_FLR != 0
+    }
+
     /// Drives what configuration space controls: the INTx line and the MSI-X table's switches.
     fn sync(&self, state: &State) {
         let command = state.config.u16(COMMAND);

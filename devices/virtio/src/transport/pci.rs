@@ -476,6 +476,24 @@ mod tests {
     }
 
     #[test]
+    fn a_function_level_reset_resets_the_device() {
+        let m = machine();
+        let cap = m.structures()[4].1;
+        m.set(cap + 4, 4);
+        m.set(cap + 8, common::STATUS as u32);
+        m.set(cap + 12, 1);
+        config_write(m.device.as_ref(), cap + 16, &[3]);
+        let express = m.device.function().express_capability().unwrap();
+        m.set(express + 8, 0x0000_1000);
+        assert_eq!(m.device.status().status.bits(), 3);
+        m.set(express + 8, 0x0000_8000);
+        assert_eq!(m.device.status().status.bits(), 0);
+        assert_eq!(m.config_u32(express + 8) & 0x8000, 0);
+        assert_eq!(m.config_u32(cap + 12), 0);
+        drop(m.handle);
+    }
+
+    #[test]
     fn structures_can_be_reached_through_configuration_space() {
         let m = machine();
         let cap = m.structures()[4].1;
