@@ -1,5 +1,6 @@
 //! The corten binary: argument parsing, progress, output; no logic.
 
+mod img;
 mod run;
 
 use std::process::ExitCode;
@@ -22,10 +23,23 @@ struct Arguments {
 enum Command {
     /// Run a virtual machine
     Run(Box<run::RunArguments>),
+    /// Disk images: the verbs and options of qemu-img
+    #[command(disable_help_flag = true)]
+    Img {
+        /// The verb, then its options and file names
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().map(|a| a.to_string_lossy().into_owned());
+    let program = arguments.next().unwrap_or_default();
+    if program.rsplit('/').next() == Some("qemu-img") {
+        return img::main(&arguments.collect::<Vec<_>>(), true);
+    }
     match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Img { arguments } => img::main(&arguments, false),
     }
 }

@@ -127,3 +127,25 @@ fn many_remote_wakes_are_not_lost() {
         }
     }
 }
+
+#[test]
+fn computations_run_elsewhere() {
+    for engine in ENGINES {
+        executor::block_on_with(engine, async {
+            let here = std::thread::current().id();
+            let jobs: Vec<_> = (0..50u64)
+                .map(|n| {
+                    spawn_local(executor::offload(move || {
+                        (n * n, std::thread::current().id())
+                    }))
+                })
+                .collect();
+            for (n, job) in jobs.into_iter().enumerate() {
+                let (square, place) = job.await;
+                assert_eq!(square, (n * n) as u64);
+                assert_ne!(place, here);
+            }
+        })
+        .unwrap();
+    }
+}

@@ -3,6 +3,7 @@
 // Sizes and offsets in memory are at most a few MiB, checked where they come in; a 64-bit host is assumed.
 #![allow(clippy::cast_possible_truncation)]
 
+pub mod copy;
 pub mod deflate;
 mod open;
 mod probe;

@@ -5,6 +5,7 @@
 //! without locks. Wakers work from any thread. Submissions made while tasks run are handed to the
 //! kernel together, when every ready task has had its turn.
 
+mod offload;
 mod operation;
 mod slots;
 mod task;
@@ -12,6 +13,7 @@ mod thread;
 mod threads_engine;
 mod uring_engine;
 
+pub use offload::offload;
 pub(crate) use operation::Operation;
 pub use task::{JoinHandle, yield_now};
 pub use thread::{IoHandle, IoThread};

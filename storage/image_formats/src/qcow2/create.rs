@@ -77,7 +77,7 @@ fn refused(message: impl Into<String>) -> BlockError {
 }
 
 impl CreateOptions {
-    fn check(&self) -> Result<()> {
+    fn validate(&self) -> Result<()> {
         if !self.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&self.cluster_size) {
             return Err(refused(
                 "Cluster size must be a power of two between 512 and 2048k",
@@ -130,9 +130,38 @@ impl CreateOptions {
         Ok(())
     }
 
+    /// The sizes in bytes of an image with these options: with `data` bytes of its disk stored, and
+    /// with all of it. An estimate from above: metadata is counted for the whole disk.
+    ///
+    /// # Errors
+    ///
+    /// If the options do not go together.
+    pub fn measure(&self, data: u64) -> Result<(u64, u64)> {
+        let header = self.header()?;
+        let cluster = self.cluster_size;
+        let entry = if header.has_subclusters() { 16 } else { 8 };
+        let disk = self.size.next_multiple_of(cluster);
+        let l2_bytes = (disk / cluster * entry).next_multiple_of(cluster);
+        let l1_bytes = (l2_bytes / cluster * 8).next_multiple_of(cluster);
+        let metadata = cluster + l2_bytes + l1_bytes;
+        let clusters = (metadata + disk) / cluster;
+        let per_block = cluster * 8 / u64::from(self.refcount_bits);
+        let (mut blocks, mut table) = (0, 0);
+        loop {
+            let needed = (clusters + blocks + table).div_ceil(per_block);
+            let needed_table = (needed * 8).div_ceil(cluster);
+            if (needed, needed_table) == (blocks, table) {
+                break;
+            }
+            (blocks, table) = (needed, needed_table);
+        }
+        let full = metadata + disk + (blocks + table) * cluster;
+        Ok((full - disk + data.min(disk), full))
+    }
+
     /// The header, without the places of the tables.
     pub(crate) fn header(&self) -> Result<Header> {
-        self.check()?;
+        self.validate()?;
         let mut header = Header {
             version: self.version,
             backing_file: self.backing_file.clone(),
@@ -254,13 +283,13 @@ pub async fn create(
 }
 
 impl Qcow2 {
-    /// Allocates every cluster of a range that has none.
-    pub(crate) async fn preallocate(
-        &self,
-        offset: u64,
-        end: u64,
-        how: Preallocation,
-    ) -> Result<()> {
+    /// Allocates the clusters of a range that has none at all; both ends at whole clusters, or at the
+    /// disk's end.
+    ///
+    /// # Errors
+    ///
+    /// What the host reports.
+    pub async fn preallocate(&self, offset: u64, end: u64, how: Preallocation) -> Result<()> {
         let size = self.geometry.cluster_size();
         let mut at = offset;
         while at < end {

@@ -667,12 +667,17 @@ impl Qcow2 {
             // The rest is for the next round, if the limit was not met.
             return Ok(());
         }
-        let kind = ExtentKind::Unallocated;
+        // Past the end of a backing file, it is that file that says zero.
+        let (kind, depth) = if self.backing.borrow().is_some() {
+            (ExtentKind::Zero(None), 1)
+        } else {
+            (ExtentKind::Unallocated, 0)
+        };
         let extent = Extent {
             offset: query.offset,
             length: query.length,
             kind,
-            depth: 0,
+            depth,
         };
         push_merged(found, extent);
         Ok(())

@@ -67,6 +67,17 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Forgets all of the layer's own content, so that the backing file shows everywhere.
+    ///
+    /// # Errors
+    ///
+    /// What the host reports.
+    pub async fn make_empty(&self) -> Result<()> {
+        let _held = self.ranges.lock(0, u64::MAX).await;
+        self.drop_end(0, self.size.get()).await?;
+        self.sync_all().await
+    }
+
     async fn reads_as_zero(&self, offset: u64, length: u64) -> Result<bool> {
         let buffer = IoBuf::zeroed(length as usize);
         self.read_mapped(offset, buffer.clone()).await?;

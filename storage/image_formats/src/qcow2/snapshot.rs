@@ -175,6 +175,30 @@ impl Qcow2 {
             .cloned()
     }
 
+    /// Shows a snapshot's content instead of the disk's. Only for images opened read-only.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`; `InvalidArgument` if the image is open for writing.
+    pub async fn view_snapshot(&self, which: &str) -> Result<()> {
+        if self.writable {
+            return Err(BlockError::invalid_argument(
+                "the image is open for writing",
+            ));
+        }
+        let snapshot = self.find_snapshot(which).ok_or_else(|| not_found(which))?;
+        let entries = snapshot.l1_size as usize;
+        let l1 = read_table(&*self.medium, snapshot.l1_offset, entries).await?;
+        if (entries as u64) < self.header.borrow().l1_entries_for(snapshot.disk_size) {
+            return Err(invalid(format!(
+                "the L1 table of snapshot '{which}' is too small"
+            )));
+        }
+        *self.l1.borrow_mut() = l1;
+        self.size.set(snapshot.disk_size);
+        Ok(())
+    }
+
     /// Keeps the disk's present content under `name`. `time` is seconds and nanoseconds since 1970.
     ///
     /// # Errors

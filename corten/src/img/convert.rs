@@ -1,0 +1,318 @@
+//! `convert`, `dd` and `compare`.
+
+use std::rc::Rc;
+
+use block::{CacheMode, Disk, IoBuf, Scope};
+use image_formats::copy::{self, Comparison, CopyOptions};
+use image_formats::{Image, ImageOptions, resolve_name};
+
+use super::args::{flag, key_values, size, value};
+use super::create::{ImageSpec, look_at_backing};
+use super::output::{Progress, say};
+use super::{Failure, Outcome, Tool, as_disk, cache, open};
+
+/// The snapshot that `-l` means: `snapshot.name=x`, `snapshot.id=x`, or either of them alone.
+pub(crate) fn snapshot_name(text: &str) -> &str {
+    text.strip_prefix("snapshot.name=")
+        .or(text.strip_prefix("snapshot.id="))
+        .unwrap_or(text)
+}
+
+pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
+    let specs = [
+        value('f', "source-format"),
+        value('O', "target-format"),
+        value('o', "options"),
+        value('b', "backing"),
+        value('B', "target-backing"),
+        value('F', "backing-format"),
+        value('t', "target-cache"),
+        value('T', "source-cache"),
+        value('S', "sparse-size"),
+        value('m', "parallel"),
+        value('l', "snapshot"),
+        value('r', "rate-limit"),
+        value('J', "object"),
+        flag('c', "compress"),
+        flag('p', "progress"),
+        flag('q', "quiet"),
+        flag('n', "no-create"),
+        flag('W', "oob"),
+        flag('U', "force-share"),
+        flag('I', "image-opts"),
+        flag('Z', "target-is-zero"),
+        flag('A', "salvage"),
+    ];
+    let parsed = tool.parse(rest, &specs)?;
+    let [sources @ .., target] = &parsed.names[..] else {
+        return Err(Failure::usage("Must specify image file name"));
+    };
+    if sources.is_empty() {
+        return Err(Failure::usage("Must specify image file name"));
+    }
+    let format = parsed.get('O').unwrap_or("raw");
+    let backing = parsed.get('B').or(parsed.get('b'));
+    let compress = parsed.has('c');
+    let create = !parsed.has('n');
+    if compress && format != "qcow2" {
+        return Err(Failure::plain(format!(
+            "Compression not supported for file format '{format}'"
+        )));
+    }
+    if parsed.has('Z') && create {
+        return Err(Failure::plain("--target-is-zero requires use of -n flag"));
+    }
+    let mut disks = Vec::new();
+    for name in sources {
+        let options = ImageOptions {
+            format: parsed.get('f').map(str::to_owned),
+            lock: !parsed.has('U'),
+            cache: cache(&parsed, 'T', CacheMode::Writeback)?,
+            ..tool.options(&parsed)
+        };
+        let (disk, image) = open(name, &options).await?;
+        if let Some(which) = parsed.get('l') {
+            let Some(qcow2) = &image.qcow2 else {
+                return Err(Failure::plain(
+                    "Failed to load snapshot: this format has none",
+                ));
+            };
+            qcow2.view_snapshot(snapshot_name(which)).await?;
+        }
+        disks.push(disk);
+    }
+    let total: u64 = disks.iter().map(|disk| disk.size()).sum();
+    let target_options = ImageOptions {
+        format: Some(format.to_owned()),
+        write: true,
+        cache: cache(&parsed, 't', CacheMode::Unsafe)?,
+        ..tool.options(&parsed)
+    };
+    let pairs = key_values(&parsed.all(&['o']));
+    let image = if create {
+        let mut spec = ImageSpec::new(format, Some(total), &pairs, backing, parsed.get('F'))?;
+        let backing = spec.qcow2.backing_file.clone();
+        if let Some(backing) = &backing
+            && spec.qcow2.backing_format.is_none()
+        {
+            let follow = ImageOptions {
+                external: image_formats::External::Follow,
+                ..target_options.clone()
+            };
+            let (_, detected) = look_at_backing(target, backing, None, &follow).await?;
+            spec.qcow2.backing_format = Some(detected.to_owned());
+        }
+        // The person named the backing file on this very command line.
+        let follow = ImageOptions {
+            external: image_formats::External::Follow,
+            ..target_options.clone()
+        };
+        spec.make(tool, target, &follow, backing.is_some()).await?
+    } else {
+        let (_, image) = open(target, &target_options).await?;
+        image
+    };
+    let disk = as_disk(&image, target_options.cache);
+    if disk.size() < total {
+        return Err(Failure::plain("output file is smaller than input file"));
+    }
+    let is_new_file = create && !is_block_device(target) && backing.is_none();
+    let sparse_size = match parsed.get('S') {
+        None => 4096,
+        Some(text) => size(text)
+            .filter(|n| n.is_multiple_of(512))
+            .ok_or_else(|| Failure::plain("Invalid buffer size for sparse output specified."))?,
+    };
+    let options = CopyOptions {
+        // Bare data must be overwritten with zeroes where nothing is known of the target.
+        sparse_size,
+        compress,
+        target_is_zero: (is_new_file && sparse_size > 0) || parsed.has('Z'),
+        scope: if backing.is_some() { Scope::Layer } else { Scope::Chain },
+        parallel: match parsed.get('m') {
+            None => copy::DEFAULT_PARALLEL,
+            Some(text) => text.parse().ok().filter(|n| (1..=16).contains(n)).ok_or_else(|| {
+                Failure::plain("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
+            })?,
+        },
+        salvage: parsed.has('A'),
+    };
+    let progress = Progress::new(parsed.has('p') && !parsed.has('q'), total);
+    let mut shift = 0;
+    for source in &disks {
+        copy::copy(source, &disk, &image, shift, options, &progress.callback()).await?;
+        shift += source.size();
+    }
+    finish(&disk, &image).await?;
+    progress.finish();
+    Ok(())
+}
+
+/// Closes the target; in the mode that ignores flushes the file is at least complete.
+async fn finish(disk: &Rc<Disk>, image: &Image) -> Outcome {
+    if disk.options().cache == CacheMode::Unsafe {
+        image.backend.flush().await?;
+    }
+    disk.close().await?;
+    Ok(())
+}
+
+fn is_block_device(name: &str) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(name).is_ok_and(|m| m.file_type().is_block_device())
+}
+
+pub(crate) async fn dd(tool: Tool, rest: &[String]) -> Outcome {
+    let specs = [
+        value('f', "format"),
+        value('O', "output-format"),
+        flag('U', "force-share"),
+        flag('I', "image-opts"),
+        value('J', "object"),
+    ];
+    let parsed = tool.parse(rest, &specs)?;
+    let (mut input, mut output) = (None, None);
+    let (mut block, mut count, mut skip) = (512u64, None, 0u64);
+    for operand in &parsed.names {
+        let Some((key, value)) = operand.split_once('=') else {
+            return Err(Failure::plain(format!("unrecognized operand {operand}")));
+        };
+        let number =
+            || size(value).ok_or_else(|| Failure::plain(format!("invalid number: '{value}'")));
+        match key {
+            "if" => input = Some(value),
+            "of" => output = Some(value),
+            "bs" => block = number()?,
+            "count" => count = Some(number()?),
+            "skip" => skip = number()?,
+            _ => return Err(Failure::plain(format!("unrecognized operand {operand}"))),
+        }
+    }
+    let (Some(input), Some(output)) = (input, output) else {
+        return Err(Failure::plain("Must specify both input and output files"));
+    };
+    if block == 0 {
+        return Err(Failure::plain("invalid number: '0'"));
+    }
+    let format = parsed.get('O').unwrap_or("raw");
+    let options = ImageOptions {
+        format: parsed.get('f').map(str::to_owned),
+        lock: !parsed.has('U'),
+        ..tool.options(&parsed)
+    };
+    let (source, _) = open(input, &options).await?;
+    let too_large = || Failure::plain("the range is too large");
+    let begin = block.checked_mul(skip).ok_or_else(too_large)?;
+    let end = match count {
+        Some(count) => {
+            let length = block.checked_mul(count).ok_or_else(too_large)?;
+            begin.saturating_add(length).min(source.size())
+        }
+        None => source.size(),
+    };
+    if begin > source.size() {
+        eprintln!("{}: {input}: cannot skip to specified offset", tool.program);
+    }
+    let length = end.saturating_sub(begin);
+    let spec = ImageSpec::new(format, Some(length), &[], None, None)?;
+    let image = spec
+        .make(tool, output, &tool.options(&parsed), false)
+        .await?;
+    let target = as_disk(&image, CacheMode::Writeback);
+    let mut done = 0;
+    while done < length {
+        let piece = (length - done).min(1 << 20);
+        // Blocks of any size are allowed here, disks want whole sectors.
+        let at = begin + done;
+        let (low, high) = (at / 512 * 512, (at + piece).next_multiple_of(512));
+        let buffer = IoBuf::zeroed((high.min(source.size()) - low) as usize);
+        source.read(low, buffer.clone()).await?;
+        let part = buffer.slice((at - low) as usize, piece as usize);
+        let whole = IoBuf::zeroed(piece.next_multiple_of(512) as usize);
+        whole.copy_from(&part.to_vec());
+        if !whole.is_zero() {
+            target.write(done, whole, false).await?;
+        }
+        done += piece;
+    }
+    target.close().await?;
+    if spec.raw {
+        image.medium.set_len(length).await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn compare(tool: Tool, rest: &[String]) -> Outcome {
+    let specs = [
+        value('f', "a-format"),
+        value('F', "b-format"),
+        value('T', "cache"),
+        flag('s', "strict"),
+        flag('p', "progress"),
+        flag('q', "quiet"),
+        flag('U', "force-share"),
+        flag('I', "image-opts"),
+        value('O', "object"),
+    ];
+    let failed = |f: Failure| f.with_code(2);
+    let parsed = tool
+        .parse(rest, &specs)
+        .map_err(|f| if f.code == 0 { f } else { failed(f) })?;
+    let [first, second] = &parsed.names[..] else {
+        return Err(failed(Failure::usage("Expecting two image file names")));
+    };
+    let mut disks = Vec::new();
+    for (name, format) in [(first, 'f'), (second, 'F')] {
+        let options = ImageOptions {
+            format: parsed.get(format).map(str::to_owned),
+            lock: !parsed.has('U'),
+            ..tool.options(&parsed)
+        };
+        disks.push(open(name, &options).await.map_err(failed)?.0);
+    }
+    let total = disks[0].size().max(disks[1].size());
+    let progress = Progress::new(parsed.has('p') && !parsed.has('q'), total);
+    let callback = progress.callback();
+    let strict = parsed.has('s');
+    let result = copy::compare(&disks[0], &disks[1], strict, &*callback).await;
+    let result = result.map_err(|e| failed(e.into()))?;
+    progress.finish();
+    let quiet = parsed.has('q');
+    let tell = |text: &str| {
+        if !quiet {
+            say(text);
+        }
+    };
+    match result {
+        Comparison::Identical { sizes_differ } => {
+            if sizes_differ {
+                tell("Warning: Image size mismatch!");
+            }
+            tell("Images are identical.");
+            Ok(())
+        }
+        Comparison::Content { offset } => {
+            tell(&format!("Content mismatch at offset {offset}!"));
+            Err(Failure::status(1))
+        }
+        Comparison::Allocation { offset } => {
+            tell(&format!(
+                "Strict mode: Offset {offset} block status mismatch!"
+            ));
+            Err(Failure::status(1))
+        }
+        Comparison::Size => {
+            tell("Strict mode: Image size mismatch!");
+            Err(Failure::status(1))
+        }
+    }
+}
+
+/// The name of the file below `image` as it can be opened from here.
+pub(crate) fn name_below(image_name: &str, image: &Image) -> Option<(String, Option<String>)> {
+    let header = image.qcow2.as_ref()?.header();
+    Some((
+        resolve_name(image_name, &header.backing_file?),
+        header.backing_format,
+    ))
+}

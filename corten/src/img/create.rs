@@ -1,0 +1,451 @@
+//! `create` and `amend`, and what new images are like.
+
+use std::rc::Rc;
+
+use block::{BlockBackend, Medium};
+use image_formats::qcow2::{self, Compatible, CompressionType, CreateOptions, Preallocation};
+use image_formats::{Image, ImageOptions, Opener, create_file, open_image, probe, resolve_name};
+
+use super::args::{flag, key_values, size, value};
+use super::output::say;
+use super::sizes::preallocate_raw;
+use super::{Failure, Outcome, Tool};
+
+/// A format and its options.
+pub(crate) struct ImageSpec {
+    pub(crate) raw: bool,
+    pub(crate) qcow2: CreateOptions,
+    size_given: bool,
+    version_given: bool,
+}
+
+/// Reads on or off.
+fn switch(key: &str, text: &str) -> Result<bool, Failure> {
+    match text {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => Err(Failure::plain(format!(
+            "Parameter '{key}' expects 'on' or 'off'"
+        ))),
+    }
+}
+
+/// Reads a preallocation mode.
+pub(crate) fn preallocation(text: &str) -> Result<Preallocation, Failure> {
+    Ok(match text {
+        "off" => Preallocation::Off,
+        "metadata" => Preallocation::Metadata,
+        "falloc" => Preallocation::Falloc,
+        "full" => Preallocation::Full,
+        _ => return Err(Failure::plain(format!("Invalid parameter '{text}'"))),
+    })
+}
+
+impl ImageSpec {
+    /// Reads the options of a new image.
+    pub(crate) fn new(
+        format: &str,
+        disk_size: Option<u64>,
+        pairs: &[(String, String)],
+        backing: Option<&str>,
+        backing_format: Option<&str>,
+    ) -> Result<Self, Failure> {
+        let raw = match format {
+            "raw" => true,
+            "qcow2" => false,
+            other => return Err(Failure::plain(format!("Unknown file format '{other}'"))),
+        };
+        let options = CreateOptions {
+            size: disk_size.unwrap_or(0),
+            backing_file: backing.map(str::to_owned),
+            backing_format: backing_format.map(str::to_owned),
+            ..CreateOptions::default()
+        };
+        let mut spec = Self {
+            raw,
+            qcow2: options,
+            size_given: disk_size.is_some(),
+            version_given: false,
+        };
+        for (key, value) in pairs {
+            spec.set(key, value)?;
+        }
+        if spec.raw && spec.qcow2.backing_file.is_some() {
+            return Err(Failure::plain(
+                "Backing file not supported for file format 'raw'",
+            ));
+        }
+        spec.qcow2.size = spec.qcow2.size.next_multiple_of(512);
+        Ok(spec)
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Outcome {
+        let number = || {
+            size(value).ok_or_else(|| {
+                Failure::plain(format!(
+                    "Parameter '{key}' expects a non-negative number below 2^64"
+                ))
+            })
+        };
+        let options = &mut self.qcow2;
+        match key {
+            "size" => {
+                options.size = number()?;
+                self.size_given = true;
+            }
+            "preallocation" => options.preallocation = preallocation(value)?,
+            "extent_size_hint" | "nocow" => {}
+            _ if self.raw => return Err(Failure::plain(format!("Invalid parameter '{key}'"))),
+            "backing_file" => {
+                options.backing_file = Some(value.to_owned()).filter(|v| !v.is_empty());
+            }
+            "backing_fmt" => options.backing_format = Some(value.to_owned()),
+            "cluster_size" => options.cluster_size = number()?,
+            "refcount_bits" => {
+                options.refcount_bits = u32::try_from(number()?).unwrap_or(u32::MAX);
+            }
+            "compat" | "version" => {
+                self.version_given = true;
+                options.version = match value {
+                    "0.10" | "v2" => 2,
+                    "1.1" | "v3" => 3,
+                    _ => return Err(Failure::plain(format!("Invalid parameter '{value}'"))),
+                };
+            }
+            "lazy_refcounts" => options.lazy_refcounts = switch(key, value)?,
+            "extended_l2" => options.extended_l2 = switch(key, value)?,
+            "compression_type" => {
+                options.compression = match value {
+                    "zlib" => CompressionType::Zlib,
+                    "zstd" => CompressionType::Zstd,
+                    _ => return Err(Failure::plain(format!("Invalid parameter '{value}'"))),
+                };
+            }
+            "data_file" => options.data_file = Some(value.to_owned()).filter(|v| !v.is_empty()),
+            "data_file_raw" => options.data_file_raw = switch(key, value)?,
+            "encryption" if !switch(key, value)? => {}
+            _ if key.starts_with("encrypt") => {
+                return Err(Failure::plain("encrypted images are not supported"));
+            }
+            _ => return Err(Failure::plain(format!("Invalid parameter '{key}'"))),
+        }
+        Ok(())
+    }
+
+    /// Makes the image; what was there is gone. Returns it open for writing.
+    pub(crate) async fn make(
+        &self,
+        tool: Tool,
+        name: &str,
+        options: &ImageOptions,
+        open_backing: bool,
+    ) -> Result<Image, Failure> {
+        let medium: Rc<dyn Medium> = create_file(name, options.cache.is_direct())?;
+        let format = if self.raw { "raw" } else { "qcow2" };
+        let options = ImageOptions {
+            format: Some(format.to_owned()),
+            write: true,
+            backing: open_backing,
+            ..options.clone()
+        };
+        let opener = Opener::new(options);
+        if self.raw {
+            medium.set_len(self.qcow2.size).await?;
+            preallocate_raw(&*medium, 0, self.qcow2.size, self.qcow2.preallocation).await?;
+        } else {
+            if let Some(data) = &self.qcow2.data_file {
+                // A data file that is there is kept; one that is not is made.
+                let path = resolve_name(name, data);
+                if !std::path::Path::new(&path).exists() {
+                    create_file(&path, false)?;
+                }
+            }
+            let created = qcow2::create(&medium, &opener, &self.qcow2).await;
+            if let Err(error) = created {
+                let message = error.one_line();
+                return Err(Failure::plain(format!("{name}: {message}")));
+            }
+        }
+        let _ = tool;
+        Ok(opener.open_format(medium).await?)
+    }
+
+    /// The line that announces the image.
+    fn describe(&self, name: &str) -> String {
+        let o = &self.qcow2;
+        if self.raw {
+            return format!("Formatting '{name}', fmt=raw size={}", o.size);
+        }
+        let on = |value: bool| if value { "on" } else { "off" };
+        let mut text = format!("Formatting '{name}', fmt=qcow2");
+        let mut add = |key: &str, value: &str| {
+            text.push_str(&format!(" {key}={value}"));
+        };
+        add("cluster_size", &o.cluster_size.to_string());
+        add("extended_l2", on(o.extended_l2));
+        match o.preallocation {
+            Preallocation::Off => {}
+            Preallocation::Metadata => add("preallocation", "metadata"),
+            Preallocation::Falloc => add("preallocation", "falloc"),
+            Preallocation::Full => add("preallocation", "full"),
+        }
+        add("compression_type", o.compression.name());
+        add("size", &o.size.to_string());
+        if self.version_given {
+            add("compat", if o.version < 3 { "0.10" } else { "1.1" });
+        }
+        if let Some(file) = &o.backing_file {
+            add("backing_file", file);
+        }
+        if let Some(format) = &o.backing_format {
+            add("backing_fmt", format);
+        }
+        if let Some(file) = &o.data_file {
+            add("data_file", file);
+            add("data_file_raw", on(o.data_file_raw));
+        }
+        add("lazy_refcounts", on(o.lazy_refcounts));
+        add("refcount_bits", &o.refcount_bits.to_string());
+        text
+    }
+}
+
+/// The size of a backing file, and its format.
+pub(crate) async fn look_at_backing(
+    image: &str,
+    name: &str,
+    format: Option<&str>,
+    options: &ImageOptions,
+) -> Result<(u64, &'static str), Failure> {
+    let options = ImageOptions {
+        format: format.map(str::to_owned),
+        write: false,
+        lock: false,
+        ..options.clone()
+    };
+    let path = resolve_name(image, name);
+    let opened = open_image(&path, &options).await;
+    let opened = opened.map_err(|e| {
+        Failure::plain(format!(
+            "{image}: Could not open backing file '{name}': {}",
+            e.one_line()
+        ))
+    })?;
+    Ok((opened.backend.limits().size, probe(&*opened.medium).await?))
+}
+
+pub(crate) async fn create(tool: Tool, rest: &[String]) -> Outcome {
+    let specs = [
+        value('f', "format"),
+        value('o', "options"),
+        value('b', "backing"),
+        value('F', "backing-format"),
+        flag('u', "backing-unsafe"),
+        flag('q', "quiet"),
+        value('O', "object"),
+    ];
+    let parsed = tool.parse(rest, &specs)?;
+    let format = parsed.get('f').unwrap_or("raw");
+    let pairs = key_values(&parsed.all(&['o']));
+    if pairs.iter().any(|(key, _)| key == "help" || key == "?") {
+        return option_help(format);
+    }
+    let (name, disk_size) = match &parsed.names[..] {
+        [name] => (name, None),
+        [name, text] => {
+            let number = size(text);
+            let message = format!("Invalid image size specified: '{text}'");
+            (name, Some(number.ok_or_else(|| Failure::plain(message))?))
+        }
+        [] => return Err(Failure::usage("Expecting image file name")),
+        _ => return Err(Failure::usage("Unexpected argument")),
+    };
+    let named = |f: Failure| Failure {
+        message: f.message.map(|m| format!("{name}: {m}")),
+        ..f
+    };
+    let mut spec = ImageSpec::new(format, disk_size, &pairs, parsed.get('b'), parsed.get('F'))
+        .map_err(named)?;
+    let options = tool.options(&parsed);
+    if let Some(backing) = spec.qcow2.backing_file.clone()
+        && !parsed.has('u')
+    {
+        // The person names the file here, wherever it is.
+        let follow = ImageOptions {
+            external: image_formats::External::Follow,
+            ..options.clone()
+        };
+        let format = spec.qcow2.backing_format.as_deref();
+        let (below, detected) = look_at_backing(name, &backing, format, &follow).await?;
+        if spec.qcow2.backing_format.is_none() {
+            let message = format!(
+                "{name}: Backing file specified without backing format\nDetected format of {detected}."
+            );
+            return Err(Failure::plain(message));
+        }
+        if !spec.size_given {
+            spec.qcow2.size = below;
+            spec.size_given = true;
+        }
+    }
+    if !spec.size_given {
+        return Err(Failure::plain(format!(
+            "{name}: Image creation needs a size parameter"
+        )));
+    }
+    // Refused before the file is touched.
+    if !spec.raw {
+        spec.qcow2
+            .measure(0)
+            .map_err(|e| Failure::plain(format!("{name}: {}", e.message())))?;
+    }
+    if !parsed.has('q') {
+        say(spec.describe(name));
+    }
+    let image = spec.make(tool, name, &options, false).await?;
+    image.backend.close().await?;
+    Ok(())
+}
+
+fn option_help(format: &str) -> Outcome {
+    let common = [
+        (
+            "preallocation=<str>",
+            "Preallocation mode (allowed values: off, metadata, falloc, full)",
+        ),
+        ("size=<size>", "Virtual disk size"),
+    ];
+    let qcow2 = [
+        ("backing_file=<str>", "File name of a base image"),
+        ("backing_fmt=<str>", "Image format of the base image"),
+        ("cluster_size=<size>", "qcow2 cluster size"),
+        (
+            "compat=<str>",
+            "Compatibility level (v2 [0.10] or v3 [1.1])",
+        ),
+        (
+            "compression_type=<str>",
+            "Compression method used for image cluster compression",
+        ),
+        ("data_file=<str>", "File name of an external data file"),
+        (
+            "data_file_raw=<bool (on/off)>",
+            "The external data file must stay valid as a raw image",
+        ),
+        ("extended_l2=<bool (on/off)>", "Extended L2 tables"),
+        (
+            "lazy_refcounts=<bool (on/off)>",
+            "Postpone refcount updates",
+        ),
+        (
+            "refcount_bits=<num>",
+            "Width of a reference count entry in bits",
+        ),
+    ];
+    let list: Vec<_> = match format {
+        "qcow2" => qcow2.iter().chain(&common).collect(),
+        "raw" => common.iter().collect(),
+        other => return Err(Failure::plain(format!("Unknown file format '{other}'"))),
+    };
+    say("Supported options:");
+    for (name, what) in list {
+        say(format!("  {name:<22} - {what}"));
+    }
+    Ok(())
+}
+
+pub(crate) async fn amend(tool: Tool, rest: &[String]) -> Outcome {
+    let specs = [
+        value('f', "format"),
+        value('o', "options"),
+        value('t', "cache"),
+        flag('p', "progress"),
+        flag('q', "quiet"),
+        flag('Z', "force"),
+        flag('I', "image-opts"),
+        value('O', "object"),
+    ];
+    let parsed = tool.parse(rest, &specs)?;
+    let pairs = key_values(&parsed.all(&['o']));
+    let format = parsed.get('f').unwrap_or("qcow2");
+    if pairs.iter().any(|(key, _)| key == "help") {
+        return option_help(format);
+    }
+    if pairs.is_empty() {
+        return Err(Failure::usage("Must specify options (-o)"));
+    }
+    let name = parsed.one_name()?;
+    let options = ImageOptions {
+        format: parsed.get('f').map(str::to_owned),
+        write: true,
+        ..tool.options(&parsed)
+    };
+    let image = open_image(name, &options).await?;
+    let Some(qcow2) = image.qcow2 else {
+        let format = image.backend.format_name();
+        return Err(Failure::plain(format!(
+            "Format driver '{format}' does not support option amendment"
+        )));
+    };
+    for (key, value) in &pairs {
+        amend_one(&qcow2, key, value).await?;
+    }
+    qcow2.close().await?;
+    Ok(())
+}
+
+async fn amend_one(image: &qcow2::Qcow2, key: &str, text: &str) -> Outcome {
+    let header = image.header();
+    match key {
+        "size" => {
+            let bytes = size(text).ok_or_else(|| {
+                Failure::plain(format!("Parameter 'size' expects a size, not '{text}'"))
+            })?;
+            image.resize(bytes.next_multiple_of(512)).await?;
+        }
+        "backing_file" => {
+            let name = Some(text.to_owned()).filter(|n| !n.is_empty());
+            let format = header.backing_format.filter(|_| name.is_some());
+            image.change_backing_name(name, format).await?;
+        }
+        "backing_fmt" => {
+            image
+                .change_backing_name(header.backing_file, Some(text.to_owned()))
+                .await?;
+        }
+        "lazy_refcounts" => {
+            let on = switch(key, text)?;
+            if on && header.version < 3 {
+                return Err(Failure::plain(
+                    "Lazy refcounts only supported with compatibility level 1.1 and above (use \
+                     compat=1.1 or greater)",
+                ));
+            }
+            // Whatever was put off is written before the promise changes.
+            image.close().await?;
+            image
+                .change_header(|h| h.compatible.set(Compatible::LAZY_REFCOUNTS, on))
+                .await?;
+        }
+        "compat" if (text == "1.1" || text == "v3") && header.version < 3 => {
+            image.change_header(|h| h.version = 3).await?;
+        }
+        "compat" => {
+            let now = if header.version < 3 {
+                ["0.10", "v2"]
+            } else {
+                ["1.1", "v3"]
+            };
+            if !now.contains(&text) {
+                return Err(Failure::plain(format!(
+                    "compat={text} cannot be amended to"
+                )));
+            }
+        }
+        _ => {
+            let message = format!("Invalid option '{key}': it cannot be amended");
+            return Err(Failure::plain(message));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,239 @@
+//! `info`.
+
+use std::os::unix::fs::MetadataExt;
+
+use image_formats::qcow2::{Autoclear, Compatible, Incompatible};
+use image_formats::{Image, ImageOptions, local_path, open_image, resolve_name};
+use serde_json::{Map, Value, json};
+
+use super::args::{flag, value};
+use super::output::{self, human_size, say};
+use super::{Failure, Outcome, Tool, snapshot};
+
+/// What is known of one layer.
+struct Layer {
+    name: String,
+    format: &'static str,
+    size: u64,
+    file_length: u64,
+    disk_size: u64,
+    image: Image,
+}
+
+pub(crate) async fn info(tool: Tool, rest: &[String]) -> Outcome {
+    let specs = [
+        value('f', "format"),
+        value('J', "output"),
+        flag('C', "backing-chain"),
+        flag('U', "force-share"),
+        flag('I', "image-opts"),
+        value('t', "cache"),
+        value('O', "object"),
+        flag('L', "limits"),
+    ];
+    let parsed = tool.parse(rest, &specs)?;
+    let json = parsed.json()?;
+    let mut name = parsed.one_name()?.to_owned();
+    let mut options = ImageOptions {
+        format: parsed.get('f').map(str::to_owned),
+        lock: false,
+        backing: false,
+        for_check: true,
+        ..tool.options(&parsed)
+    };
+    let mut layers = Vec::new();
+    loop {
+        if layers.iter().any(|layer: &Layer| layer.name == name) {
+            let message = format!("Backing file '{name}' creates an infinite loop.");
+            return Err(Failure::plain(message));
+        }
+        let layer = look(&name, &options).await?;
+        let next = parsed.has('C').then(|| below(&layer)).flatten();
+        layers.push(layer);
+        let Some((below, format)) = next else { break };
+        (name, options.format) = (below, format);
+    }
+    if json {
+        let values: Vec<Value> = layers.iter().map(as_json).collect();
+        let first = values.first().cloned().unwrap_or_default();
+        say(output::json(&if parsed.has('C') {
+            Value::Array(values)
+        } else {
+            first
+        }));
+    } else {
+        let texts: Vec<String> = layers.iter().map(as_text).collect();
+        say(texts.join("\n\n"));
+    }
+    Ok(())
+}
+
+fn below(layer: &Layer) -> Option<(String, Option<String>)> {
+    let header = layer.image.qcow2.as_ref()?.header();
+    let name = resolve_name(&layer.name, &header.backing_file?);
+    Some((name, header.backing_format))
+}
+
+async fn look(name: &str, options: &ImageOptions) -> Result<Layer, Failure> {
+    let image = open_image(name, options).await?;
+    let metadata = std::fs::metadata(local_path(name)?)
+        .map_err(|e| Failure::plain(format!("cannot look at '{name}': {e}")))?;
+    Ok(Layer {
+        name: name.to_owned(),
+        format: image.backend.format_name(),
+        size: image.backend.limits().size,
+        file_length: image.medium.len(),
+        disk_size: metadata.blocks() * 512,
+        image,
+    })
+}
+
+/// The properties of a qcow2 image in the order in which they are shown.
+fn specific(layer: &Layer) -> Option<Vec<(&'static str, &'static str, Value)>> {
+    let header = layer.image.qcow2.as_ref()?.header();
+    let compat = if header.version >= 3 { "1.1" } else { "0.10" };
+    let mut list = vec![("compat", "compat", json!(compat))];
+    list.push((
+        "compression type",
+        "compression-type",
+        json!(header.compression.name()),
+    ));
+    if header.version >= 3 {
+        let lazy = header.compatible.contains(Compatible::LAZY_REFCOUNTS);
+        let corrupt = header.incompatible.contains(Incompatible::CORRUPT);
+        list.push(("lazy refcounts", "lazy-refcounts", json!(lazy)));
+        list.push((
+            "refcount bits",
+            "refcount-bits",
+            json!(1 << header.refcount_order),
+        ));
+        if let Some(data) = &header.data_file {
+            let raw = header.autoclear.contains(Autoclear::RAW_DATA_FILE);
+            list.push(("data file", "data-file", json!(data)));
+            list.push(("data file raw", "data-file-raw", json!(raw)));
+        }
+        list.push(("corrupt", "corrupt", json!(corrupt)));
+        list.push((
+            "extended l2",
+            "extended-l2",
+            json!(header.has_subclusters()),
+        ));
+    } else {
+        list.push((
+            "refcount bits",
+            "refcount-bits",
+            json!(1 << header.refcount_order),
+        ));
+    }
+    Some(list)
+}
+
+fn as_text(layer: &Layer) -> String {
+    let mut lines = vec![
+        format!("image: {}", layer.name),
+        format!("file format: {}", layer.format),
+        format!(
+            "virtual size: {} ({} bytes)",
+            human_size(layer.size),
+            layer.size
+        ),
+        format!("disk size: {}", human_size(layer.disk_size)),
+    ];
+    if let Some(qcow2) = &layer.image.qcow2 {
+        let header = qcow2.header();
+        if header.incompatible.contains(Incompatible::DIRTY) {
+            lines.push("cleanly shut down: no".to_owned());
+        }
+        lines.push(format!("cluster_size: {}", qcow2.cluster_size()));
+        if let Some(backing) = &header.backing_file {
+            let full = resolve_name(&layer.name, backing);
+            let actual = if full == *backing {
+                String::new()
+            } else {
+                format!(" (actual path: {full})")
+            };
+            lines.push(format!("backing file: {backing}{actual}"));
+        }
+        if let Some(format) = &header.backing_format {
+            lines.push(format!("backing file format: {format}"));
+        }
+        let snapshots = qcow2.snapshots();
+        if !snapshots.is_empty() {
+            lines.extend(snapshot::table(&snapshots));
+        }
+    }
+    if let Some(list) = specific(layer) {
+        lines.push("Format specific information:".to_owned());
+        lines.extend(list.iter().map(|(name, _, value)| match value {
+            Value::String(text) => format!("    {name}: {text}"),
+            other => format!("    {name}: {other}"),
+        }));
+    }
+    lines.push("Child node '/file':".to_owned());
+    lines.push(format!("    filename: {}", layer.name));
+    lines.push("    protocol type: file".to_owned());
+    let length = shown_length(layer.file_length);
+    lines.push(format!(
+        "    file length: {} ({length} bytes)",
+        human_size(length)
+    ));
+    lines.push(format!("    disk size: {}", human_size(layer.disk_size)));
+    lines.join("\n")
+}
+
+/// Files count in whole sectors.
+fn shown_length(length: u64) -> u64 {
+    length.next_multiple_of(512)
+}
+
+fn as_json(layer: &Layer) -> Value {
+    let length = shown_length(layer.file_length);
+    let mut object = Map::new();
+    let file = json!({
+        "children": [],
+        "virtual-size": length,
+        "filename": layer.name,
+        "format": "file",
+        "actual-size": layer.disk_size,
+        "format-specific": { "type": "file", "data": {} },
+        "dirty-flag": false,
+    });
+    object.insert("children".into(), json!([{ "name": "file", "info": file }]));
+    let header = layer.image.qcow2.as_ref().map(|q| q.header());
+    let header = header.as_ref();
+    if let Some(qcow2) = &layer.image.qcow2 {
+        let snapshots = qcow2.snapshots();
+        if !snapshots.is_empty() {
+            let list: Vec<Value> = snapshots.iter().map(snapshot::as_json).collect();
+            object.insert("snapshots".into(), Value::Array(list));
+        }
+    }
+    if let Some(format) = header.and_then(|h| h.backing_format.as_ref()) {
+        object.insert("backing-filename-format".into(), json!(format));
+    }
+    object.insert("virtual-size".into(), json!(layer.size));
+    object.insert("filename".into(), json!(layer.name));
+    if let Some(qcow2) = &layer.image.qcow2 {
+        object.insert("cluster-size".into(), json!(qcow2.cluster_size()));
+    }
+    object.insert("format".into(), json!(layer.format));
+    object.insert("actual-size".into(), json!(layer.disk_size));
+    if let Some(list) = specific(layer) {
+        let data: Map<String, Value> = list
+            .into_iter()
+            .map(|(_, key, value)| (key.to_owned(), value))
+            .collect();
+        object.insert(
+            "format-specific".into(),
+            json!({ "type": layer.format, "data": data }),
+        );
+    }
+    if let Some(backing) = header.and_then(|h| h.backing_file.as_ref()) {
+        let full = resolve_name(&layer.name, backing);
+        object.insert("full-backing-filename".into(), json!(full));
+        object.insert("backing-filename".into(), json!(backing));
+    }
+    let dirty = header.is_some_and(|h| h.incompatible.contains(Incompatible::DIRTY));
+    object.insert("dirty-flag".into(), json!(dirty));
+    Value::Object(object)
+}

@@ -1,0 +1,593 @@
+//! Copying the content of one disk to another, leaving out what need not be copied.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use block::executor::{offload, spawn_local};
+use block::{
+    BlockBackend, Disk, ErrorKind, Extent, ExtentKind, ExtentQuery, IoBuf, Result, Scope,
+    ZeroFlags, bytes_are_zero,
+};
+
+use crate::Image;
+use crate::qcow2::{ClusterCompressor, CompressionType};
+
+/// Pieces in flight at once, by default.
+pub const DEFAULT_PARALLEL: usize = 8;
+/// The size of a piece.
+const PIECE: u64 = 1 << 20;
+
+/// How to copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyOptions {
+    /// Runs of zeroes at least this long, and aligned to it, are not written as data; 0 writes all.
+    pub sparse_size: u64,
+    /// Compress what is written, if the target is qcow2.
+    pub compress: bool,
+    /// The target reads as zeroes where nothing has been written.
+    pub target_is_zero: bool,
+    /// `Layer` leaves out what the source's backing file has.
+    pub scope: Scope,
+    /// Pieces in flight at once.
+    pub parallel: usize,
+    /// Where the source cannot be read, write zeroes and go on.
+    pub salvage: bool,
+}
+
+impl Default for CopyOptions {
+    fn default() -> Self {
+        Self {
+            sparse_size: 4096,
+            compress: false,
+            target_is_zero: true,
+            scope: Scope::Chain,
+            parallel: DEFAULT_PARALLEL,
+            salvage: false,
+        }
+    }
+}
+
+/// A source with its place in the target, and what to do with it.
+struct Copy<'a> {
+    source: &'a Disk,
+    target: &'a Disk,
+    /// Where the source begins in the target.
+    shift: u64,
+    image: &'a Image,
+    compression: Option<(CompressionType, u64)>,
+    options: CopyOptions,
+}
+
+/// One piece of work.
+#[derive(Clone, Copy)]
+struct Task {
+    offset: u64,
+    length: u64,
+    action: Action,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Action {
+    Skip,
+    Zero,
+    Copy,
+}
+
+/// Copies all of `source` to `target` (which `image` is the inside of) from `shift` on. `progress` is
+/// told the bytes of the source that are done with.
+///
+/// # Errors
+///
+/// The first error of either side; what was copied before stays.
+pub async fn copy(
+    source: &Rc<Disk>,
+    target: &Rc<Disk>,
+    image: &Image,
+    shift: u64,
+    options: CopyOptions,
+    progress: &Rc<dyn Fn(u64)>,
+) -> Result<()> {
+    let end = source.size().min(target.size().saturating_sub(shift));
+    let tasks = Rc::new(Tasks {
+        source: source.clone(),
+        options,
+        end,
+        grain: grain(image, options),
+        next: Cell::new(0),
+        known: RefCell::default(),
+    });
+    let mut workers = Vec::new();
+    let failed = Rc::new(Cell::new(false));
+    for _ in 0..options.parallel.clamp(1, 64) {
+        let (tasks, source, target) = (tasks.clone(), source.clone(), target.clone());
+        let (image, progress, failed) = (image.clone(), progress.clone(), failed.clone());
+        workers.push(spawn_local(async move {
+            let compression = compression(&image, options);
+            let copy = Copy {
+                source: &source,
+                target: &target,
+                shift,
+                image: &image,
+                compression,
+                options,
+            };
+            while !failed.get() {
+                let Some(task) = tasks.take().await? else {
+                    break;
+                };
+                let result = copy.perform(task).await;
+                failed.set(failed.get() || result.is_err());
+                result?;
+                progress(task.length);
+            }
+            Ok(())
+        }));
+    }
+    let mut result = Ok(());
+    for worker in workers {
+        let ended = worker.await;
+        result = result.and(ended);
+    }
+    result
+}
+
+fn compression(image: &Image, options: CopyOptions) -> Option<(CompressionType, u64)> {
+    let qcow2 = image.qcow2.as_ref().filter(|_| options.compress)?;
+    Some((qcow2.header().compression, qcow2.cluster_size()))
+}
+
+/// Work is cut at multiples of this.
+fn grain(image: &Image, options: CopyOptions) -> u64 {
+    compression(image, options).map_or(PIECE, |(_, cluster)| cluster.max(PIECE))
+}
+
+/// Hands out the work in order, asking the source for its extents a few at a time.
+struct Tasks {
+    source: Rc<Disk>,
+    options: CopyOptions,
+    end: u64,
+    grain: u64,
+    next: Cell<u64>,
+    known: RefCell<std::collections::VecDeque<Extent>>,
+}
+
+impl Tasks {
+    async fn take(&self) -> Result<Option<Task>> {
+        loop {
+            let offset = self.next.get();
+            if offset >= self.end {
+                return Ok(None);
+            }
+            if self.options.compress {
+                // Whole clusters, whatever the source's extents are.
+                let length = (self.grain - offset % self.grain).min(self.end - offset);
+                self.next.set(offset + length);
+                return Ok(Some(Task {
+                    offset,
+                    length,
+                    action: Action::Copy,
+                }));
+            }
+            let first = self.known.borrow().front().cloned();
+            let Some(extent) = first.filter(|e| e.offset <= offset && offset < e.end()) else {
+                self.look_ahead(offset).await?;
+                continue;
+            };
+            let skip = extent.kind == ExtentKind::Unallocated && self.options.scope == Scope::Layer;
+            let zero = extent.reads_as_zero();
+            let left = extent.end().min(self.end) - offset;
+            let length = if zero {
+                left
+            } else {
+                left.min(self.grain - offset % self.grain)
+            };
+            self.next.set(offset + length);
+            if offset + length >= extent.end() {
+                self.known.borrow_mut().pop_front();
+            }
+            let action = match (skip, zero) {
+                (true, _) => Action::Skip,
+                (false, true) => Action::Zero,
+                (false, false) => Action::Copy,
+            };
+            return Ok(Some(Task {
+                offset,
+                length,
+                action,
+            }));
+        }
+    }
+
+    async fn look_ahead(&self, offset: u64) -> Result<()> {
+        let length = (self.end - offset).min(1 << 30);
+        let query = ExtentQuery {
+            offset,
+            length,
+            scope: self.options.scope,
+            limit: 256,
+        };
+        let extents = self.source.extents(query).await?;
+        // Another worker may have been quicker, and ahead.
+        if self.next.get() == offset {
+            *self.known.borrow_mut() = extents.into();
+        }
+        Ok(())
+    }
+}
+
+impl Copy<'_> {
+    async fn perform(&self, task: Task) -> Result<()> {
+        match task.action {
+            Action::Skip => return Ok(()),
+            Action::Zero => return self.zero(task.offset, task.length).await,
+            Action::Copy => {}
+        }
+        let buffer = IoBuf::zeroed(task.length as usize);
+        self.read(task.offset, &buffer).await?;
+        match self.compression {
+            Some((kind, cluster)) => self.write_compressed(task, &buffer, kind, cluster).await,
+            None => self.write_sparse(task.offset, &buffer).await,
+        }
+    }
+
+    async fn read(&self, offset: u64, buffer: &IoBuf) -> Result<()> {
+        let result = self.source.read(offset, buffer.clone()).await;
+        if result.is_ok() || !self.options.salvage {
+            return result;
+        }
+        for at in (0..buffer.len()).step_by(512) {
+            let sector = buffer.slice(at, 512.min(buffer.len() - at));
+            if self
+                .source
+                .read(offset + at as u64, sector.clone())
+                .await
+                .is_err()
+            {
+                sector.fill_at(0, sector.len(), 0);
+            }
+        }
+        Ok(())
+    }
+
+    async fn zero(&self, offset: u64, length: u64) -> Result<()> {
+        if self.options.target_is_zero || length == 0 {
+            return Ok(());
+        }
+        let flags = if self.options.sparse_size > 0 {
+            ZeroFlags::MAY_UNMAP
+        } else {
+            ZeroFlags::empty()
+        };
+        self.target
+            .write_zeroes(self.shift + offset, length, flags, false)
+            .await
+    }
+
+    /// Writes data, leaving out longer runs of zeroes.
+    async fn write_sparse(&self, offset: u64, buffer: &IoBuf) -> Result<()> {
+        let grain = self.options.sparse_size as usize;
+        if grain == 0 {
+            return self
+                .target
+                .write(self.shift + offset, buffer.clone(), false)
+                .await;
+        }
+        let bytes = buffer.to_vec();
+        let is_zero = |at: usize| bytes_are_zero(&bytes[at..(at + grain).min(bytes.len())]);
+        let mut start = 0;
+        while start < bytes.len() {
+            let zero = is_zero(start);
+            let mut end = start + grain;
+            while end < bytes.len() && is_zero(end) == zero {
+                end += grain;
+            }
+            let end = end.min(bytes.len());
+            let at = offset + start as u64;
+            if zero {
+                self.zero(at, (end - start) as u64).await?;
+            } else {
+                let part = buffer.slice(start, end - start);
+                self.target.write(self.shift + at, part, false).await?;
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    async fn write_compressed(
+        &self,
+        task: Task,
+        buffer: &IoBuf,
+        kind: CompressionType,
+        cluster: u64,
+    ) -> Result<()> {
+        let bytes = buffer.to_vec();
+        let compressed = offload(move || compress_all(&bytes, kind, cluster as usize)).await;
+        let Some(image) = &self.image.qcow2 else {
+            return Ok(());
+        };
+        for (number, result) in compressed.into_iter().enumerate() {
+            let within = number as u64 * cluster;
+            let at = task.offset + within;
+            let length = cluster.min(task.length - within);
+            match result {
+                Compressed::Zero => self.zero(at, length).await?,
+                Compressed::Smaller(data) if (self.shift + at).is_multiple_of(cluster) => {
+                    image.write_compressed(self.shift + at, &data).await?;
+                }
+                _ => {
+                    let part = buffer.slice(within as usize, length as usize);
+                    self.target.write(self.shift + at, part, false).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+enum Compressed {
+    Zero,
+    Smaller(Vec<u8>),
+    AsItIs,
+}
+
+fn compress_all(bytes: &[u8], kind: CompressionType, cluster: usize) -> Vec<Compressed> {
+    let mut compressor = ClusterCompressor::new(kind);
+    let one = |part: &[u8]| {
+        if bytes_are_zero(part) {
+            return Compressed::Zero;
+        }
+        let padded;
+        let whole = if part.len() == cluster {
+            part
+        } else {
+            padded = [part, &vec![0; cluster - part.len()]].concat();
+            &padded
+        };
+        compressor
+            .compress(whole)
+            .map_or(Compressed::AsItIs, Compressed::Smaller)
+    };
+    bytes.chunks(cluster).map(one).collect()
+}
+
+/// How two disks compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Comparison {
+    /// All bytes are equal, as far as both go, and the rest of the longer one is zero.
+    Identical {
+        /// The sizes differ.
+        sizes_differ: bool,
+    },
+    /// The content differs; the first sector that does begins here.
+    Content {
+        /// In bytes.
+        offset: u64,
+    },
+    /// In strict mode: one is allocated here, the other is not.
+    Allocation {
+        /// In bytes.
+        offset: u64,
+    },
+    /// In strict mode: the sizes differ.
+    Size,
+}
+
+/// Compares the content of two disks; in strict mode also sizes and what is allocated.
+///
+/// # Errors
+///
+/// What either side reports.
+pub async fn compare(
+    a: &Disk,
+    b: &Disk,
+    strict: bool,
+    progress: &dyn Fn(u64),
+) -> Result<Comparison> {
+    if strict && a.size() != b.size() {
+        return Ok(Comparison::Size);
+    }
+    let common = a.size().min(b.size());
+    let mut offset = 0;
+    while offset < common {
+        let (first, second) = (
+            first_extent(a, offset, common).await?,
+            first_extent(b, offset, common).await?,
+        );
+        let length = first.length.min(second.length);
+        let allocated = |e: &Extent| e.kind != ExtentKind::Unallocated;
+        if strict && allocated(&first) != allocated(&second) {
+            return Ok(Comparison::Allocation { offset });
+        }
+        let zeroes = (first.reads_as_zero(), second.reads_as_zero());
+        let length = if zeroes == (true, true) {
+            length
+        } else {
+            length.min(PIECE)
+        };
+        if zeroes != (true, true)
+            && let Some(at) = compare_piece(a, b, offset, length, zeroes).await?
+        {
+            return Ok(Comparison::Content { offset: at });
+        }
+        progress(length);
+        offset += length;
+    }
+    let longer = if a.size() > common { a } else { b };
+    while offset < longer.size() {
+        let extent = first_extent(longer, offset, longer.size()).await?;
+        let length = if extent.reads_as_zero() {
+            extent.length
+        } else {
+            extent.length.min(PIECE)
+        };
+        if !extent.reads_as_zero()
+            && let Some(at) = compare_piece(longer, longer, offset, length, (false, true)).await?
+        {
+            return Ok(Comparison::Content { offset: at });
+        }
+        progress(length);
+        offset += length;
+    }
+    Ok(Comparison::Identical {
+        sizes_differ: a.size() != b.size(),
+    })
+}
+
+async fn first_extent(disk: &Disk, offset: u64, end: u64) -> Result<Extent> {
+    let query = ExtentQuery {
+        offset,
+        length: end - offset,
+        scope: Scope::Chain,
+        limit: 1,
+    };
+    let extents = disk.extents(query).await?;
+    extents.into_iter().next().ok_or_else(|| {
+        block::BlockError::new(
+            ErrorKind::Io,
+            format!("no answer about the extent at {offset}"),
+        )
+    })
+}
+
+/// Where the first sector differs; a side that is known to be zero is not read.
+async fn compare_piece(
+    a: &Disk,
+    b: &Disk,
+    offset: u64,
+    length: u64,
+    zeroes: (bool, bool),
+) -> Result<Option<u64>> {
+    let read = async |disk: &Disk, zero: bool| {
+        let buffer = IoBuf::zeroed(length as usize);
+        if !zero {
+            disk.read(offset, buffer.clone()).await?;
+        }
+        Ok::<_, block::BlockError>(buffer.to_vec())
+    };
+    let (a, b) = (read(a, zeroes.0).await?, read(b, zeroes.1).await?);
+    if a == b {
+        return Ok(None);
+    }
+    let sector = a.chunks(512).zip(b.chunks(512)).position(|(a, b)| a != b);
+    Ok(sector.map(|n| offset + n as u64 * 512))
+}
+
+/// Writes everything that the layer `top` has of its own to `base`, which grows if it is smaller.
+///
+/// # Errors
+///
+/// What either side reports; `base` is then partly written, `top` unchanged.
+pub async fn commit(top: &Disk, base: &Disk, progress: &dyn Fn(u64)) -> Result<()> {
+    if top.size() > base.size() {
+        base.resize(top.size()).await?;
+    }
+    let mut offset = 0;
+    while offset < top.size() {
+        let length = top.size() - offset;
+        let query = ExtentQuery {
+            offset,
+            length,
+            scope: Scope::Layer,
+            limit: 256,
+        };
+        for extent in top.extents(query).await? {
+            commit_extent(top, base, &extent).await?;
+            progress(extent.length);
+            offset = extent.end();
+        }
+    }
+    base.flush().await
+}
+
+async fn commit_extent(top: &Disk, base: &Disk, extent: &Extent) -> Result<()> {
+    match extent.kind {
+        ExtentKind::Unallocated => Ok(()),
+        ExtentKind::Zero(_) => {
+            base.write_zeroes(extent.offset, extent.length, ZeroFlags::MAY_UNMAP, false)
+                .await
+        }
+        ExtentKind::Data(_) | ExtentKind::Compressed => {
+            let mut at = extent.offset;
+            while at < extent.end() {
+                let buffer = IoBuf::zeroed(PIECE.min(extent.end() - at) as usize);
+                top.read(at, buffer.clone()).await?;
+                let length = buffer.len() as u64;
+                base.write(at, buffer, false).await?;
+                at += length;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Writes into the layer `top` what would read otherwise once `new` is below it instead of `old`.
+///
+/// # Errors
+///
+/// What any side reports; `top` then reads as before, because the old backing file is still named.
+pub async fn rebase(
+    top: &Disk,
+    old: Option<&dyn BlockBackend>,
+    new: Option<&dyn BlockBackend>,
+    progress: &dyn Fn(u64),
+) -> Result<()> {
+    let mut offset = 0;
+    while offset < top.size() {
+        let length = top.size() - offset;
+        let query = ExtentQuery {
+            offset,
+            length,
+            scope: Scope::Layer,
+            limit: 256,
+        };
+        for extent in top.extents(query).await? {
+            if extent.kind == ExtentKind::Unallocated {
+                rebase_extent(top, old, new, &extent).await?;
+            }
+            progress(extent.length);
+            offset = extent.end();
+        }
+    }
+    top.flush().await
+}
+
+async fn rebase_extent(
+    top: &Disk,
+    old: Option<&dyn BlockBackend>,
+    new: Option<&dyn BlockBackend>,
+    extent: &Extent,
+) -> Result<()> {
+    let mut at = extent.offset;
+    while at < extent.end() {
+        let length = (PIECE - at % PIECE).min(extent.end() - at);
+        let before = read_backing(old, at, length).await?;
+        let after = read_backing(new, at, length).await?;
+        if before != after {
+            let sectors = before.chunks(4096).zip(after.chunks(4096)).enumerate();
+            for (n, (sector, _)) in sectors.filter(|(_, (a, b))| a != b) {
+                let place = at + n as u64 * 4096;
+                if bytes_are_zero(sector) {
+                    let length = sector.len() as u64;
+                    top.write_zeroes(place, length, ZeroFlags::MAY_UNMAP, false)
+                        .await?;
+                } else {
+                    top.write(place, IoBuf::from_slice(sector), false).await?;
+                }
+            }
+        }
+        at += length;
+    }
+    Ok(())
+}
+
+async fn read_backing(backing: Option<&dyn BlockBackend>, at: u64, length: u64) -> Result<Vec<u8>> {
+    let buffer = IoBuf::zeroed(length as usize);
+    if let Some(backing) = backing {
+        let inside = backing.limits().size.saturating_sub(at).min(length);
+        if inside > 0 {
+            backing.read(at, buffer.slice(0, inside as usize)).await?;
+        }
+    }
+    Ok(buffer.to_vec())
+}
