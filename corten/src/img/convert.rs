@@ -31,7 +31,6 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         value('S', "sparse-size"),
         value('m', "parallel"),
         value('l', "snapshot"),
-        value('r', "rate-limit"),
         value('J', "object"),
         flag('c', "compress"),
         flag('p', "progress"),

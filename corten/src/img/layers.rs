@@ -15,7 +15,6 @@ pub(crate) async fn commit(tool: Tool, rest: &[String]) -> Outcome {
         value('f', "format"),
         value('t', "cache"),
         value('b', "base"),
-        value('r', "rate"),
         flag('d', "drop"),
         flag('p', "progress"),
         flag('q', "quiet"),

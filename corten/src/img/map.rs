@@ -6,7 +6,7 @@ use block::{Extent, ExtentKind, ExtentQuery, HostRange, Scope};
 use image_formats::ImageOptions;
 
 use super::args::{flag, size, value};
-use super::output::say;
+use super::output::{put, say};
 use super::{Failure, Outcome, Tool, open};
 
 pub(crate) async fn map(tool: Tool, rest: &[String]) -> Outcome {
@@ -88,7 +88,7 @@ impl Printer {
         if self.json {
             let comma = if self.lines == 0 { "[" } else { ",\n" };
             self.lines += 1;
-            print!("{comma}{}", json_line(extent));
+            put(&format!("{comma}{}", json_line(extent)));
             return Ok(());
         }
         match &extent.kind {

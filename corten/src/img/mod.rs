@@ -211,6 +211,11 @@ impl Tool {
             }
             return Err(Failure::status(0));
         }
+        if parsed.has('I') {
+            return Err(Failure::plain(
+                "--image-opts is not supported: give file names",
+            ));
+        }
         Ok(parsed)
     }
 

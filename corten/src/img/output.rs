@@ -82,17 +82,22 @@ fn write_json(value: &Value, depth: usize, text: &mut String) {
     }
 }
 
-/// Prints a line, quietly ending when nobody reads any more.
-pub(crate) fn say(text: impl AsRef<str>) {
+/// Prints text as it is; ends the program when nobody reads any more.
+pub(crate) fn put(text: &str) {
     let mut out = std::io::stdout().lock();
     if out
-        .write_all(text.as_ref().as_bytes())
-        .and_then(|()| out.write_all(b"\n"))
+        .write_all(text.as_bytes())
+        .and_then(|()| out.flush())
         .is_err()
     {
         // The reader has gone (`| head`): as if killed by SIGPIPE.
         std::process::exit(141);
     }
+}
+
+/// Prints a line, quietly ending when nobody reads any more.
+pub(crate) fn say(text: impl AsRef<str>) {
+    put(&format!("{}\n", text.as_ref()));
 }
 
 /// A progress display on standard output: `    (12.34/100%)`.
@@ -131,8 +136,7 @@ impl Progress {
         }
         self.shown.set(Some(Instant::now()));
         let share = 100.0 * self.done.get().min(self.total) as f64 / self.total.max(1) as f64;
-        print!("    ({share:.2}/100%)\r");
-        let _ = std::io::stdout().flush();
+        put(&format!("    ({share:.2}/100%)\r"));
     }
 
     /// The last line.

@@ -231,15 +231,12 @@ pub(crate) async fn bench(tool: Tool, rest: &[String]) -> Outcome {
         value('S', "step-size"),
         value('o', "offset"),
         value('t', "cache"),
-        value('i', "aio"),
         flag('w', "write"),
-        flag('n', "native"),
         flag('q', "quiet"),
         flag('U', "force-share"),
         flag('I', "image-opts"),
         value('F', "flush-interval"),
         value('p', "pattern"),
-        flag('D', "no-drain"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let name = parsed.one_name()?;

@@ -5,27 +5,55 @@ use std::rc::Rc;
 
 use crate::backend::{BlockFuture, ZeroFlags};
 use crate::buffer::IoBuf;
-use crate::error::Result;
+use crate::error::{BlockError, ErrorKind, Result};
 use crate::medium::{Medium, SparseRange};
 
 /// Bytes in memory, for tests and throw-away disks. Grows on writes past its end.
 pub struct MemoryMedium {
     bytes: RefCell<Vec<u8>>,
+    limit: u64,
 }
+
+/// It grows no larger than this, unless told otherwise.
+const DEFAULT_LIMIT: u64 = 1 << 30;
 
 impl MemoryMedium {
     /// `length` zero bytes.
     pub fn new(length: usize) -> Self {
-        Self {
-            bytes: RefCell::new(vec![0; length]),
-        }
+        Self::from_vec(vec![0; length])
     }
 
     /// These bytes.
     pub fn from_vec(bytes: Vec<u8>) -> Self {
         Self {
             bytes: RefCell::new(bytes),
+            limit: DEFAULT_LIMIT,
         }
+    }
+
+    /// The same, but it grows to at most `limit` bytes.
+    #[must_use]
+    pub fn with_limit(mut self, limit: u64) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Makes it at least `offset + length` bytes long; returns the range as indices.
+    fn grow(&self, offset: u64, length: u64) -> Result<std::ops::Range<usize>> {
+        let end = offset
+            .checked_add(length)
+            .filter(|end| *end <= self.limit)
+            .ok_or_else(|| {
+                let message =
+                    format!("{length} bytes at {offset} are too far for a disk in memory");
+                BlockError::new(ErrorKind::NoSpace, message)
+            })?;
+        let mut bytes = self.bytes.borrow_mut();
+        let end = usize::try_from(end).unwrap_or(usize::MAX);
+        if bytes.len() < end {
+            bytes.resize(end, 0);
+        }
+        Ok(usize::try_from(offset).unwrap_or(0)..end)
     }
 
     /// A copy of all bytes.
@@ -66,25 +94,16 @@ impl Medium for MemoryMedium {
 
     fn write(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
         Box::pin(async move {
-            let mut bytes = self.bytes.borrow_mut();
-            let start = usize::try_from(offset).expect("an offset in memory");
-            if bytes.len() < start + buf.len() {
-                bytes.resize(start + buf.len(), 0);
-            }
-            buf.copy_to(&mut bytes[start..start + buf.len()]);
+            let range = self.grow(offset, buf.len() as u64)?;
+            buf.copy_to(&mut self.bytes.borrow_mut()[range]);
             Ok(())
         })
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, _flags: ZeroFlags) -> BlockFuture<'_, ()> {
         Box::pin(async move {
-            let mut bytes = self.bytes.borrow_mut();
-            let start = usize::try_from(offset).expect("an offset in memory");
-            let end = start + usize::try_from(length).expect("a length in memory");
-            if bytes.len() < end {
-                bytes.resize(end, 0);
-            }
-            bytes[start..end].fill(0);
+            let range = self.grow(offset, length)?;
+            self.bytes.borrow_mut()[range].fill(0);
             Ok(())
         })
     }
@@ -94,14 +113,7 @@ impl Medium for MemoryMedium {
     }
 
     fn preallocate(&self, offset: u64, length: u64) -> BlockFuture<'_, ()> {
-        Box::pin(async move {
-            let mut bytes = self.bytes.borrow_mut();
-            let end = usize::try_from(offset + length).expect("a length in memory");
-            if bytes.len() < end {
-                bytes.resize(end, 0);
-            }
-            Ok(())
-        })
+        Box::pin(async move { self.grow(offset, length).map(|_| ()) })
     }
 
     fn flush(&self) -> BlockFuture<'_, ()> {
@@ -110,8 +122,8 @@ impl Medium for MemoryMedium {
 
     fn set_len(&self, length: u64) -> BlockFuture<'_, ()> {
         Box::pin(async move {
-            let length = usize::try_from(length).expect("a length in memory");
-            self.bytes.borrow_mut().resize(length, 0);
+            let range = self.grow(0, length)?;
+            self.bytes.borrow_mut().truncate(range.end);
             Ok(())
         })
     }

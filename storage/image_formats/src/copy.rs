@@ -158,16 +158,6 @@ impl Tasks {
             if offset >= self.end {
                 return Ok(None);
             }
-            if self.options.compress {
-                // Whole clusters, whatever the source's extents are.
-                let length = (self.grain - offset % self.grain).min(self.end - offset);
-                self.next.set(offset + length);
-                return Ok(Some(Task {
-                    offset,
-                    length,
-                    action: Action::Copy,
-                }));
-            }
             let first = self.known.borrow().front().cloned();
             let Some(extent) = first.filter(|e| e.offset <= offset && offset < e.end()) else {
                 self.look_ahead(offset).await?;
@@ -176,15 +166,25 @@ impl Tasks {
             let skip = extent.kind == ExtentKind::Unallocated && self.options.scope == Scope::Layer;
             let zero = extent.reads_as_zero();
             let left = extent.end().min(self.end) - offset;
-            let length = if zero {
-                left
-            } else {
-                left.min(self.grain - offset % self.grain)
-            };
-            self.next.set(offset + length);
-            if offset + length >= extent.end() {
-                self.known.borrow_mut().pop_front();
+            let to_boundary = (self.grain - offset % self.grain).min(self.end - offset);
+            if self.options.compress && left < to_boundary {
+                // Compressed clusters are written whole, whatever the source's extents are.
+                self.next.set(offset + to_boundary);
+                self.forget_until(offset + to_boundary);
+                return Ok(Some(Task {
+                    offset,
+                    length: to_boundary,
+                    action: Action::Copy,
+                }));
             }
+            let length = match (zero, self.options.compress) {
+                (true, false) => left,
+                (true, true) => (offset + left) / self.grain * self.grain - offset,
+                (false, _) => left.min(to_boundary),
+            };
+            let length = if length == 0 { left } else { length };
+            self.next.set(offset + length);
+            self.forget_until(offset + length);
             let action = match (skip, zero) {
                 (true, _) => Action::Skip,
                 (false, true) => Action::Zero,
@@ -195,6 +195,13 @@ impl Tasks {
                 length,
                 action,
             }));
+        }
+    }
+
+    fn forget_until(&self, offset: u64) {
+        let mut known = self.known.borrow_mut();
+        while known.front().is_some_and(|extent| extent.end() <= offset) {
+            known.pop_front();
         }
     }
 

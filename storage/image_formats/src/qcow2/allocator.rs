@@ -150,7 +150,15 @@ impl Qcow2 {
         let mut first_free = None;
         let mut start = cluster;
         // Clusters from `start` to `cluster` are free.
+        // A sound image counts no clusters far behind the end of its file; a hostile one could make
+        // this search go on for days.
+        let slack = (1 << 30) >> self.geometry.cluster_bits;
+        let limit = self.geometry.clusters(self.medium.len()) + slack + count;
         'search: while cluster - start < count {
+            if cluster > limit {
+                let message = format!("cluster {cluster} is in use behind the end of the file");
+                return Err(self.corrupt(message).await);
+            }
             let Some(block) = self.refcount_block(cluster).await? else {
                 cluster = self.add_refcount_block(cluster, start).await? + 1;
                 start = cluster;

@@ -105,11 +105,23 @@ impl Counts {
     }
 }
 
+/// The result of one pass.
+struct Findings {
+    report: CheckReport,
+    /// Clusters whose refcounts are too high, and what to add.
+    leaks: Vec<(u64, i64)>,
+    /// References, without those of the refcount structures.
+    counts: Counts,
+    flag_errors: u64,
+}
+
 struct Walk<'a> {
     image: &'a Qcow2,
     counts: Counts,
     report: CheckReport,
     file_clusters: u64,
+    /// Corruptions that are wrong flags alone.
+    flag_errors: u64,
 }
 
 impl Walk<'_> {
@@ -402,8 +414,10 @@ impl Walk<'_> {
         let mut seen = std::collections::HashSet::new();
         for entry in l1.iter().filter(|e| **e & OFFSET_MASK != 0) {
             let table = entry & OFFSET_MASK;
-            let single = self.counts.get(table >> bits) == 1;
+            // The flag speaks of the refcount as it is stored, whether or not that is right.
+            let single = self.image.refcount(table >> bits).await? == 1;
             if single != (entry & COPIED != 0) {
+                self.flag_errors += 1;
                 self.report
                     .corruption(format!("OFLAG_COPIED L2 cluster: l1_entry={entry:x}"));
             }
@@ -421,9 +435,11 @@ impl Walk<'_> {
                     word: entry[0],
                     bitmap,
                 });
-                if let Ok(Mapping::Host { offset, copied, .. }) = mapping
-                    && (self.counts.get(offset >> bits) == 1) != copied
-                {
+                let Ok(Mapping::Host { offset, copied, .. }) = mapping else {
+                    continue;
+                };
+                if (self.image.refcount(offset >> bits).await? == 1) != copied {
+                    self.flag_errors += 1;
                     let word = entry[0];
                     self.report
                         .corruption(format!("OFLAG_COPIED data cluster: l2_entry={word:x}"));
@@ -441,25 +457,29 @@ impl Qcow2 {
     ///
     /// If the image cannot be read or written; what is wrong inside it is in the report.
     pub async fn check(&self, repair: Repair) -> Result<CheckReport> {
-        let first = self.check_once().await?;
-        let (mut report, leaks, counts) = first;
+        let Findings {
+            mut report,
+            leaks,
+            counts,
+            flag_errors,
+        } = self.check_once().await?;
         if repair == Repair::None || (report.corruptions == 0 && report.leaks == 0) {
             return Ok(report);
         }
-        if report.corruptions > 0 && repair == Repair::All {
+        if report.corruptions > flag_errors && repair == Repair::All {
             self.rebuild_refcounts(&counts).await?;
             self.set_copied_flags_quietly().await?;
-        } else if report.corruptions == 0 {
+        } else if report.corruptions == 0 || repair == Repair::All {
             for (cluster, delta) in leaks {
                 self.change_refcount(cluster, delta).await?;
             }
-            self.sync_refcounts().await?;
-            self.medium.flush().await?;
+            // Clusters that have one reference left may be written in place again.
+            self.set_copied_flags_quietly().await?;
         } else {
             return Ok(report);
         }
         self.refcounts.reset_hints();
-        let (after, ..) = self.check_once().await?;
+        let after = self.check_once().await?.report;
         report.leaks_fixed = report.leaks.saturating_sub(after.leaks);
         report.corruptions_fixed = report.corruptions.saturating_sub(after.corruptions);
         (report.leaks, report.corruptions) = (after.leaks, after.corruptions);
@@ -471,13 +491,18 @@ impl Qcow2 {
         Ok(report)
     }
 
-    async fn check_once(&self) -> Result<(CheckReport, Vec<(u64, i64)>, Counts)> {
+    async fn check_once(&self) -> Result<Findings> {
+        // Refcounts are compared as they are stored, not as they were cached before.
+        if !self.writable {
+            self.refcounts.blocks.clear();
+        }
         let file_clusters = self.geometry.clusters(self.medium.len());
         let mut walk = Walk {
             image: self,
             counts: Counts::default(),
             report: CheckReport::default(),
             file_clusters,
+            flag_errors: 0,
         };
         walk.everything().await?;
         let counts_without_refcounts = Counts(walk.counts.0.clone());
@@ -486,7 +511,12 @@ impl Qcow2 {
         walk.copied_flags().await?;
         let last = walk.counts.end();
         walk.report.image_end_offset = last << self.geometry.cluster_bits;
-        Ok((walk.report, leaks, counts_without_refcounts))
+        Ok(Findings {
+            report: walk.report,
+            leaks,
+            counts: counts_without_refcounts,
+            flag_errors: walk.flag_errors,
+        })
     }
 
     /// Writes all refcounts anew, behind the end of the file, and switches to them.

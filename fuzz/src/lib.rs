@@ -1,0 +1,3 @@
+//! Fuzz targets and what they share.
+
+pub mod images;

@@ -1,0 +1,74 @@
+//! The fuzz targets on their corpus and on seeded random changes of it.
+
+#[path = "../../../fuzz/src/images.rs"]
+#[allow(unreachable_pub)]
+mod images;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit.max(1) as u64) as usize
+    }
+}
+
+/// Changes a few bytes, mostly to values that mean something in binary formats.
+fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
+    for _ in 0..=random.below(8) {
+        let at = match random.below(3) {
+            0 => random.below(112),
+            1 => random.below(bytes.len().min(4096)),
+            _ => random.below(bytes.len()),
+        };
+        let values = [0, 1, 2, 0x7f, 0x80, 0xff, random.below(256) as u8];
+        if let Some(byte) = bytes.get_mut(at) {
+            *byte = values[random.below(values.len())];
+        }
+    }
+    if random.below(16) == 0 {
+        bytes.truncate(random.below(bytes.len()));
+    }
+}
+
+fn smoke(target: &str, run: fn(&[u8]), rounds: usize) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../fuzz/corpus")
+        .join(target);
+    let mut files: Vec<_> = std::fs::read_dir(directory)
+        .unwrap()
+        .map(|f| f.unwrap().path())
+        .collect();
+    files.sort();
+    assert!(!files.is_empty(), "the corpus is there");
+    let begin = Instant::now();
+    for file in files {
+        let bytes = std::fs::read(&file).unwrap();
+        run(&bytes);
+        for seed in 1..=rounds {
+            // On a slow machine fewer rounds; which ones does not depend on time.
+            if begin.elapsed() > Duration::from_secs(30) {
+                return;
+            }
+            let mut random = Random(seed as u64 * 0x9e37_79b9);
+            let mut changed = bytes.clone();
+            mutate(&mut changed, &mut random);
+            run(&changed);
+        }
+    }
+}
+
+#[test]
+fn damaged_qcow2_images_do_no_harm() {
+    smoke("qcow2", images::qcow2, 300);
+}
+
+#[test]
+fn deflate_round_trips() {
+    smoke("deflate", images::deflate, 50);
+}
