@@ -27,6 +27,8 @@ const TIMEOUT: Millis = 240_000;
 const TIMEOUT_DNS: Millis = 10_000;
 /// A name server that says nothing for this long is passed over.
 const DNS_PATIENCE: Millis = 2000;
+/// How many errors in a row a socket may have to tell before it is left alone.
+const ERRORS: usize = 16;
 /// The longest datagram, in bytes.
 const LONGEST: usize = 65_535;
 
@@ -340,6 +342,7 @@ impl Udp {
 
     /// Queues the next datagram for the guest, in fragments if it is long. Answers false if there is none.
     pub(crate) fn pull(&mut self, link: &mut Link) -> bool {
+        let mut errors = 0;
         while let Some(&token) = self.ready.front() {
             let Some(flow) = self.flows.get_mut(token) else {
                 self.ready.pop_front();
@@ -365,8 +368,9 @@ impl Udp {
                         link.resolver.failed(server);
                         flow.last_used = 0;
                     }
-                    // An error about one datagram leaves the others readable.
-                    if error == Errno::AGAIN {
+                    // An error about one datagram leaves the others readable; one that stays must not keep us here.
+                    errors += 1;
+                    if error == Errno::AGAIN || errors > ERRORS {
                         flow.queued = false;
                         self.ready.pop_front();
                     }
