@@ -35,6 +35,9 @@
 #define RETURN   0x8118  // where HLT of ring 3 goes on in ring 0
 #define IHOOK    0x8120  // called for each interrupt (rax: vector)
 #define IFRAME   0x8128  // frame of the last interrupt
+#define F_LINE   0x8180
+#define F_GOT    0x8188
+#define F_WANTED 0x8190
 #define SAVED_RSP 0x8130
 #define COUNTS   0x9000  // interrupts by vector, 32 bits each
 
@@ -161,11 +164,20 @@ to_ring0:
 
 // Reports an exception that nobody asked for: line 100000 + vector, RIP, error code.
 unexpected:
+        cmp     dword ptr [F_LINE], 0
+        jne     2f
         mov     rbx, [R_RIP]
         mov     rax, [R_ERROR]
         mov     ecx, [R_VECTOR]
         add     ecx, 100000
+        jmp     failed
+2:      mov     ecx, [F_LINE]           // what failed could not say so from ring 3
+        mov     rbx, [F_GOT]
+        mov     rax, [F_WANTED]
 failed: // rbx: got, rax: wanted, ecx: line
+        mov     [F_LINE], ecx           // in case the ports can't be reached from here
+        mov     [F_GOT], rbx
+        mov     [F_WANTED], rax
         mov     rdx, rax
         mov     eax, ebx
         out     DETAIL, eax

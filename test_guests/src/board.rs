@@ -93,6 +93,9 @@ impl Io {
     pub fn finish(&self, outcome: Outcome) {
         self.outcome.lock().get_or_insert(outcome);
         self.ended_signal.notify_all();
+        // A vCPU that ends the run by an I/O instruction goes no further than that.
+        self.finished.store(true, Ordering::SeqCst);
+        self.handles.lock().iter().for_each(|handle| handle.kick());
     }
 
     /// The handle of a vCPU, in the order of their making.

@@ -1,5 +1,6 @@
 //! The conformance suite: what every processor behind the seam must do.
 
+mod control;
 mod interrupts;
 mod memory;
 mod simple;
@@ -14,6 +15,8 @@ use std::time::Duration;
 pub struct Test {
     /// Its name.
     pub name: &'static str,
+    /// What a KVM that interprets ring 0 is known to get wrong here; it is then noted, and no failure of ours.
+    pub limit: Option<&'static str>,
     /// Runs it.
     pub run: fn(&dyn Accel) -> Result<(), Failure>,
 }
@@ -21,12 +24,19 @@ pub struct Test {
 /// Longest that an ordinary guest may take.
 pub const TIME: Duration = Duration::from_secs(20);
 
+/// True for a KVM that is not at hardware speed in ring 0: a page-table-based one, of which some tests ask too much.
+pub fn interprets_ring_0(accel: &dyn Accel) -> bool {
+    accel.name() == "kvm"
+        && accel::probe::ring_zero(accel).is_ok_and(|seen| !seen.is_hardware_speed())
+}
+
 /// All tests.
 pub fn all() -> Vec<Test> {
     let mut tests = Vec::new();
     tests.extend(simple::TESTS);
     tests.extend(interrupts::TESTS);
     tests.extend(memory::TESTS);
+    tests.extend(control::TESTS);
     tests
 }
 

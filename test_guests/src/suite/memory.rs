@@ -13,10 +13,12 @@ use crate::guest;
 pub(super) const TESTS: [Test; 2] = [
     Test {
         name: "memory_slots",
+        limit: None,
         run: slots,
     },
     Test {
         name: "dirty_log",
+        limit: None,
         run: dirty_log,
     },
 ];

@@ -3,9 +3,28 @@
 use super::{Test, passes};
 
 macro_rules! simple {
-    ($($name:ident),* $(,)?) => {
-        [$(Test { name: stringify!($name), run: |accel| passes(accel, stringify!($name)) }),*]
+    ($($name:ident $(: $limit:literal)?),* $(,)?) => {
+        [$(Test {
+            name: stringify!($name),
+            limit: simple!(@limit $($limit)?),
+            run: |accel| passes(accel, stringify!($name)),
+        }),*]
     };
+    (@limit) => { None };
+    (@limit $limit:literal) => { Some($limit) };
 }
 
-pub(super) const TESTS: [Test; 5] = simple![basics, to_long_mode, exceptions, port_io, mmio];
+pub(super) const TESTS: [Test; 12] = simple![
+    basics,
+    to_long_mode,
+    exceptions,
+    double_fault: "it makes a triple fault of a double fault",
+    port_io,
+    mmio,
+    msr,
+    syscall: "it raises #GP for SYSRET",
+    single_step,
+    breakpoints: "it knows no hardware breakpoints",
+    reserved: "it lets PAT be anything, and its ring 0 is ring 3 of the host's",
+    smc,
+];
