@@ -53,7 +53,7 @@ idt:
 .rept 256
 .set stub, IMAGE + 0x2000 + n * 16
         .word   stub & 0xffff, KCODE
-        .byte   (n == 8)        // IST 1 for double faults
+        .byte   -(n == 8)       // IST 1 for double faults (true is -1)
         .if (n == 3) || (n == 4) 
         .byte   0xee
         .else

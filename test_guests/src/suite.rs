@@ -78,8 +78,15 @@ pub(crate) fn describe(board: &Board, outcome: &Outcome) -> Failure {
         .filter_map(|vcpu| vcpu.state().ok())
         .map(|state| format!("{:#x} {:?}", state.registers.rip, state.mp_state))
         .collect();
+    let interrupts: Vec<_> = (0..256u64)
+        .map(|vector| (vector, board.memory.load_u32(0x9000 + 4 * vector)))
+        .filter_map(|(vector, count)| Some((vector, count.ok().filter(|count| *count != 0)?)))
+        .take(20)
+        .collect();
     let reports = board.io.reports.lock();
-    format!("{what}; vCPUs at {places:?}; reports {reports:x?}; text {text:?}")
+    format!(
+        "{what}; vCPUs at {places:?}; interrupts {interrupts:x?}; reports {reports:x?}; text {text:?}"
+    )
 }
 
 /// The 64-bit value number `index` of a failed check's detail.

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use accel::Accel;
+use accel_soft::{SoftAccel, SoftEmulator};
 use libtest_mimic::{Arguments, Trial};
 use test_guests::suite;
 
@@ -12,16 +13,20 @@ type Processor = Result<Arc<dyn Accel>, String>;
 
 fn kvm() -> Processor {
     match accel_kvm::KvmAccel::open() {
-        Ok(kvm) => Ok(Arc::new(kvm)),
+        Ok(kvm) => Ok(Arc::new(kvm.with_emulator(Arc::new(SoftEmulator::new())))),
         Err(e) if Path::new("/dev/kvm").exists() => panic!("{e}"),
         Err(e) => Err(e.to_string()),
     }
 }
 
+fn soft() -> Processor {
+    Ok(Arc::new(SoftAccel::new()))
+}
+
 fn main() {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
-    for (name, processor) in [("kvm", kvm())] {
+    for (name, processor) in [("kvm", kvm()), ("soft", soft())] {
         if let Err(why) = &processor
             && !arguments.list
         {

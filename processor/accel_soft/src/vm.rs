@@ -8,6 +8,7 @@ use accel::{
     Accel, AccelError, CpuIo, Doorbell, Emulator, Exit, Msi, Vcpu, VcpuConfig, VcpuHandle,
     VcpuStatistics, Vm, VmConfig,
 };
+use guest_clock::GuestClock;
 use guest_memory::{GuestMemory, MemoryListener, Region};
 use vmm_sys_util::eventfd::EventFd;
 use x86_defs::cpuid::CpuidEntry;
@@ -203,13 +204,16 @@ impl VcpuHandle for Handle {
 }
 
 /// Completes single instructions that KVM can't.
-#[derive(Debug, Default)]
-pub struct SoftEmulator;
+#[derive(Default)]
+pub struct SoftEmulator {
+    /// Stands still: no instruction that gets here looks at the time.
+    clock: GuestClock,
+}
 
 impl SoftEmulator {
     /// An emulator.
     pub fn new() -> Self {
-        Self
+        Self::default()
     }
 }
 
@@ -221,15 +225,79 @@ impl Emulator for SoftEmulator {
         memory: &GuestMemory,
         io: &dyn CpuIo,
     ) -> Result<(), String> {
-        let machine = Arc::new(Machine::new(memory.clone(), guest_clock::GuestClock::new()));
+        let machine = Arc::new(Machine::new(memory.clone(), self.clock.clone()));
         let shared = Arc::new(VcpuShared::new(0));
         let cpu = Cpu::new(machine, shared, cpuid, crate::system::TSC_KHZ);
         let mut engine = Engine::new(Box::new(cpu));
-        engine.cpu.restore(state).map_err(|e| e.to_string())?;
+        let fresh = engine.cpu.save();
+        let known = what_both_know(state, &fresh);
+        engine.cpu.restore(&known).map_err(|e| e.to_string())?;
+        let before = engine.cpu.save();
         engine
             .step(io)
             .map_err(|exit| format!("the instruction ends in {exit:?}"))?;
-        *state = engine.cpu.save();
+        take_over_changes(state, &before, &engine.cpu.save());
         Ok(())
+    }
+}
+
+/// The MSRs that go by the clock, which stands still here.
+fn is_time(msr: u32) -> bool {
+    matches!(msr, x86_defs::msr::TSC | x86_defs::msr::TSC_DEADLINE)
+}
+
+/// The part of another accelerator's state that this one has a place for; the rest can't matter to an instruction that it can
+/// do.
+fn what_both_know(state: &VcpuState, fresh: &VcpuState) -> VcpuState {
+    let mut known = state.clone();
+    known.system.xcr0 &= fresh_xcr0(fresh);
+    known
+        .msrs
+        .retain(|(msr, _)| !is_time(*msr) && fresh.msrs.iter().any(|(m, _)| m == msr));
+    known
+}
+
+/// The components that an area saved by this CPU carries.
+fn fresh_xcr0(fresh: &VcpuState) -> u64 {
+    let header = fresh.xsave.get(512..520);
+    header
+        .and_then(|bytes| bytes.try_into().ok())
+        .map_or(3, u64::from_le_bytes)
+}
+
+/// Puts what an instruction has changed into a state that may hold more than this CPU knows.
+fn take_over_changes(state: &mut VcpuState, before: &VcpuState, after: &VcpuState) {
+    state.registers = after.registers;
+    if after.system != before.system {
+        let unknown = state.system.xcr0 & !fresh_xcr0(after);
+        state.system = after.system;
+        state.system.xcr0 |= unknown;
+    }
+    if after.xsave != before.xsave {
+        let carried = fresh_xcr0(after);
+        let (header, end) = (512..576, after.xsave.len().min(state.xsave.len()));
+        for (at, byte) in after.xsave[..end].iter().enumerate() {
+            if !header.contains(&at) {
+                state.xsave[at] = *byte;
+            }
+        }
+        for (byte, bits) in state.xsave[512..520].iter_mut().zip(carried.to_le_bytes()) {
+            *byte |= bits;
+        }
+    }
+    for (msr, value) in &after.msrs {
+        let changed = !before.msrs.contains(&(*msr, *value)) && !is_time(*msr);
+        if let Some(place) = state.msrs.iter_mut().find(|(m, _)| changed && m == msr) {
+            place.1 = *value;
+        }
+    }
+    if after.events != before.events {
+        state.events = after.events;
+    }
+    if after.mp_state != before.mp_state {
+        state.mp_state = after.mp_state;
+    }
+    if after.lapic != before.lapic {
+        state.lapic.clone_from(&after.lapic);
     }
 }

@@ -63,8 +63,10 @@ main:
         rdmsr
         shl     rdx, 32
         or      rax, rdx
+        jz      armed                   // the host was busy: it is over already
         sub     rax, r14
         CHECK(rax, 0)
+armed:
         sti
         hlt
         rdtsc

@@ -23,6 +23,9 @@ main:
         mov     dword ptr [rsi + 0x80], 0x30    // TPR
         mov     dword ptr [rsi + 0xd0], 0x40000000
         mov     dword ptr [rsi + 0x320], 0x10077
+        xor     eax, eax
+        mov     fs, eax
+        mov     gs, eax
         WR      0xc0000081, 0x0018000800000000  // STAR
         WR      0xc0000082, 0xffff800012345678  // LSTAR
         WR      0xc0000084, 0x47700             // FMASK

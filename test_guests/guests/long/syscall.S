@@ -66,7 +66,9 @@ entry64:
 entry32:
         ud2
 .code32
-compat: mov     eax, 0x11223344
+compat: mov     eax, UDATA              // IRET has taken the kernel's away
+        mov     ds, eax
+        mov     eax, 0x11223344
         mov     edx, 0x200000
         mov     [edx], eax
         .byte   0x40                            // INC EAX here, a prefix in 64-bit mode

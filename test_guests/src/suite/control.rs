@@ -215,7 +215,7 @@ fn kvmclock(accel: &dyn Accel) -> Result<(), Failure> {
         other => return Err(describe(&board, &other)),
     }
     board.clock.stop();
-    std::thread::sleep(Duration::from_millis(300));
+    std::thread::sleep(Duration::from_secs(1));
     board.clock.resume();
     expect_pass(&mut board)
 }

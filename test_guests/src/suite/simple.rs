@@ -14,11 +14,14 @@ macro_rules! simple {
     (@limit $limit:literal) => { Some($limit) };
 }
 
-pub(super) const TESTS: [Test; 12] = simple![
+pub(super) const TESTS: [Test; 18] = simple![
     basics,
+    rare,
+    protected: "it raises #UD for call gates",
     to_long_mode,
+    handed_over,
     exceptions,
-    double_fault: "it makes a triple fault of a double fault",
+    double_fault: "it keeps the first fault's address in CR2",
     port_io,
     mmio,
     msr,
@@ -27,4 +30,7 @@ pub(super) const TESTS: [Test; 12] = simple![
     breakpoints: "it knows no hardware breakpoints",
     reserved: "it lets PAT be anything, and its ring 0 is ring 3 of the host's",
     smc,
+    fpu,
+    lazy_fpu: "it forgets CR0.TS in ring 3",
+    avx,
 ];

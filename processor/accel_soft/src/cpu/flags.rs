@@ -91,6 +91,10 @@ impl Cpu {
         if changed & !Rflags::DF.bits() != 0 {
             self.update_mode();
         }
+        if changed & system & Rflags::IF.bits() != 0 {
+            // What was held back may wait.
+            self.attention = true;
+        }
     }
 
     /// A flag of RFLAGS that is not a status flag.

@@ -349,11 +349,10 @@ impl Cpu {
     /// # Errors
     /// #DB.
     pub(crate) fn before_step(&mut self) -> Result<()> {
-        if self.dr7 & 0xff == 0 {
-            return Ok(());
-        }
-        // RF covers one instruction.
-        if self.system_flag(Rflags::RF) {
+        // RF covers one instruction; taken off before it, since IRET may set it for the next.
+        let resumed = self.system_flag(Rflags::RF);
+        self.system_flags &= !Rflags::RF.bits();
+        if resumed || self.dr7 & 0xff == 0 {
             return Ok(());
         }
         let linear = self.wrap_linear(self.bases[CS].wrapping_add(self.rip));
@@ -369,7 +368,6 @@ impl Cpu {
     /// # Errors
     /// #DB, to be delivered with `rip` at the next instruction.
     pub(crate) fn after_step(&mut self, tf: bool) -> Result<()> {
-        self.system_flags &= !Rflags::RF.bits();
         let mut bits = std::mem::take(&mut self.system.data_breakpoints);
         if tf && !std::mem::take(&mut self.system.suppress_step) {
             bits |= DR6_BS;
