@@ -76,7 +76,19 @@ pub(crate) fn describe(board: &Board, outcome: &Outcome) -> Failure {
         .vcpus
         .iter()
         .filter_map(|vcpu| vcpu.state().ok())
-        .map(|state| format!("{:#x} {:?}", state.registers.rip, state.mp_state))
+        .map(|state| {
+            let word = |at: usize| state.lapic.get(at..at + 4).map_or(0, u32_of);
+            let words = |base: usize| [0, 1, 2, 3, 4, 5, 6, 7].map(|i| word(base + 16 * i));
+            format!(
+                "{:#x} flags {:#x} {:?} TPR {:#x} ISR {:x?} IRR {:x?}",
+                state.registers.rip,
+                state.registers.rflags,
+                state.mp_state,
+                word(0x80),
+                words(0x100),
+                words(0x200)
+            )
+        })
         .collect();
     let interrupts: Vec<_> = (0..256u64)
         .map(|vector| (vector, board.memory.load_u32(0x9000 + 4 * vector)))
@@ -87,6 +99,10 @@ pub(crate) fn describe(board: &Board, outcome: &Outcome) -> Failure {
     format!(
         "{what}; vCPUs at {places:?}; interrupts {interrupts:x?}; reports {reports:x?}; text {text:?}"
     )
+}
+
+fn u32_of(bytes: &[u8]) -> u32 {
+    bytes.try_into().map_or(0, u32::from_le_bytes)
 }
 
 /// The 64-bit value number `index` of a failed check's detail.

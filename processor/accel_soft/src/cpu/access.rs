@@ -337,6 +337,7 @@ impl Cpu {
                     if (*mapping.flag).load(Ordering::Relaxed) != 0 {
                         self.note_write(mapping.host, size);
                     }
+                    self.note_data_access(linear, size as u64, true);
                     return Ok(old);
                 }
             }
@@ -421,6 +422,7 @@ impl Cpu {
     }
 
     fn copy_in(&mut self, linear: u64, to: &mut [u8], seg: u8, privilege: Privilege) -> Result<()> {
+        let len = to.len() as u64;
         let mut at = linear;
         let mut to = to;
         while !to.is_empty() {
@@ -436,6 +438,9 @@ impl Cpu {
             to = rest;
             at = self.wrap_linear(at.wrapping_add(n as u64));
         }
+        if privilege == Privilege::Current {
+            self.note_data_access(linear, len, false);
+        }
         Ok(())
     }
 
@@ -448,6 +453,7 @@ impl Cpu {
             self.map_for(at, Access::Write, seg, privilege)?;
         }
         at = linear;
+        let len = from.len() as u64;
         let mut from = from;
         while !from.is_empty() {
             let n = from.len().min(0x1000 - (at & 0xfff) as usize);
@@ -466,6 +472,9 @@ impl Cpu {
             }
             from = rest;
             at = self.wrap_linear(at.wrapping_add(n as u64));
+        }
+        if privilege == Privilege::Current {
+            self.note_data_access(linear, len, true);
         }
         Ok(())
     }

@@ -92,7 +92,7 @@ impl Cpu {
             self.update_mode();
         }
         if changed & system & Rflags::IF.bits() != 0 {
-            // What was held back may wait.
+            // Interrupts that were held back may wait.
             self.attention = true;
         }
     }

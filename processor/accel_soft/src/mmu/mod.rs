@@ -218,7 +218,9 @@ impl Cpu {
             let paging = &self.system.mmu.paging;
             let may = |write| walked.allows(Request { write, ..request }, paging);
             let writable = !host.read_only && walked.dirty && may(true);
-            self.tlb.enter_data(kind, &page, may(false), writable);
+            if !self.watches_page(linear) {
+                self.tlb.enter_data(kind, &page, may(false), writable);
+            }
             if host.read_only && request.write {
                 return device;
             }

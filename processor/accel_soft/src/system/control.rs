@@ -317,10 +317,20 @@ pub(super) fn mov_to_dr<T: Value>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     match number {
         6 => cpu.dr6 = value & 0xe00f | DR6_ONES,
         7 => {
+            let enabled = (cpu.dr7 | value) & 0xff != 0;
             cpu.dr7 = value & 0xffff_2bff | DR7_ONES;
             cpu.update_mode();
+            if enabled {
+                // Pages with data breakpoints are not kept in the translation buffers.
+                cpu.flush_translations();
+            }
         }
-        n => cpu.dr[usize::from(n & 3)] = value,
+        n => {
+            cpu.dr[usize::from(n & 3)] = value;
+            if cpu.dr7 & 0xff != 0 {
+                cpu.flush_translations();
+            }
+        }
     }
     cpu.leave_block = true;
     Ok(())
@@ -379,9 +389,19 @@ impl Cpu {
     }
 
     /// Takes note of a data access or a port access for the breakpoint registers; the trap comes in [`Self::after_step`].
+    #[inline]
     pub(crate) fn note_data_access(&mut self, linear: u64, size: u64, write: bool) {
+        if self.dr7 & 0xff == 0 {
+            return;
+        }
         let wanted = |kind| kind == 3 || (kind == 1 && write);
         self.system.data_breakpoints |= self.matching_breakpoints(wanted, linear, size);
+    }
+
+    /// True when an enabled data breakpoint lies in the page of an address: accesses to it must be seen one by one.
+    pub(crate) fn watches_page(&self, linear: u64) -> bool {
+        self.dr7 & 0xff != 0
+            && self.matching_breakpoints(|kind| kind & 1 != 0, linear & !0xfff, 0x1000) != 0
     }
 }
 

@@ -114,6 +114,10 @@ impl Cpu {
         let status = crate::cpu::Status::from_rflags(flags);
         let known = Rflags::all().bits();
         self.status = status;
+        if flags & !self.system_flags & Rflags::IF.bits() != 0 {
+            // Interrupts that were held back may wait.
+            self.attention = true;
+        }
         self.system_flags = flags & known & !status_mask() | Rflags::FIXED.bits();
     }
 }
