@@ -88,8 +88,12 @@ fn leaf_7() -> [u32; 4] {
         | bit(host.vaes && host.avx, 9)
         | bit(host.vpclmulqdq && host.avx, 10);
     let edx = bits(&[4, 26, 27, 29, 31]);
-    [0, ebx, ecx, edx]
+    [2, ebx, ecx, edx]
 }
+
+/// Leaf 7, subleaf 2: BHI_DIS_S can be set, which guests prefer to clearing the branch history by code of their own at every
+/// entry (they do not take BHI_NO's word for it under a hypervisor).
+const LEAF_7_2: [u32; 4] = [0, 0, 0, 1 << 4];
 
 /// Cache parameters of one level (leaf 4): type, level, ways, sets of 64-byte lines.
 fn cache(subleaf: u32, kind: u32, level: u32, ways: u32, sets: u32) -> CpuidEntry {
@@ -139,6 +143,8 @@ pub(crate) fn supported(tsc_khz: u32) -> Vec<CpuidEntry> {
         // ARAT: the APIC's timer never stops.
         entry(6, None, [1 << 2, 0, 0, 0]),
         entry(7, Some(0), leaf_7()),
+        entry(7, Some(1), [0; 4]),
+        entry(7, Some(2), LEAF_7_2),
         entry(0xa, None, [0; 4]),
         entry(0xb, Some(0), [0, 1, 1 << 8, 0]),
         entry(0xb, Some(1), [0, 1, 1 | 2 << 8, 0]),

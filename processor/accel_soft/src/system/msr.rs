@@ -47,6 +47,8 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
 /// IA32_MISC_ENABLE: bits that software may change: fast strings, automatic thermal control, MONITOR, xTPR, XD.
 const MISC_ENABLE_WRITABLE: u64 = 1 | 1 << 3 | 1 << 16 | 1 << 18 | 1 << 23 | 1 << 34;
+/// IA32_SPEC_CTRL: IBRS, STIBP, SSBD, BHI_DIS_S.
+const SPEC_CTRL_KNOWN: u64 = 0b111 | 1 << 10;
 /// The update revision in IA32_BIOS_SIGN_ID.
 const MICROCODE: u64 = 0x1_0000_0000;
 
@@ -148,7 +150,7 @@ impl PlainMsrs {
         match msr {
             EBL_CR_POWERON | MISC_FEATURES_ENABLES | XSS => allow(value == 0)?,
             SPEC_CTRL => {
-                allow(value & !0b111 == 0)?;
+                allow(value & !SPEC_CTRL_KNOWN == 0)?;
                 self.spec_ctrl = value;
             }
             PRED_CMD => allow(value & !1 == 0)?,
