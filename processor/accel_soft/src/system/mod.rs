@@ -26,6 +26,8 @@ mod segment;
 mod stack;
 mod syscall;
 mod task;
+#[cfg(test)]
+mod tests;
 mod transfer;
 mod xsave;
 
