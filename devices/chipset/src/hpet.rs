@@ -44,6 +44,8 @@ pub mod spec {
 }
 use spec::*;
 
+/// The shortest time between two interrupts of a periodic timer, in nanoseconds: more of them would only keep the host busy.
+const SHORTEST_PERIOD: u64 = 20_000;
 /// How many timers there are.
 pub const TIMERS: usize = 3;
 
@@ -111,6 +113,16 @@ impl TimerState {
             0 => u64::MAX,
             n => n,
         }
+    }
+
+    /// True for a periodic timer whose comparator the counter has met already: time goes on between two looks at it.
+    fn has_passed(&self, counter: u64) -> bool {
+        let behind = if self.wraps_at_32_bits() {
+            i64::from((counter as u32).wrapping_sub(self.comparator as u32) as i32)
+        } else {
+            counter.wrapping_sub(self.comparator) as i64
+        };
+        self.config.periodic() && self.period != 0 && behind >= 0
     }
 
     /// Moves a periodic timer's comparator behind `counter`, which has met it.
@@ -300,11 +312,16 @@ impl Hpet {
         let due = match state.due[n] {
             // Armed already for what it would be armed for now, though the counter may have just met it.
             Some(due) if due == timer.comparator => return,
+            _ if timer.has_passed(counter) => 0,
             _ => timer.distance(counter),
         };
-        state.due[n] = Some(timer.comparator);
         let base = now - now.saturating_sub(state.since) % PERIOD_NS;
-        self.wake[n].arm(base.saturating_add(due.saturating_mul(PERIOD_NS)));
+        let mut at = base.saturating_add(due.saturating_mul(PERIOD_NS));
+        if timer.config.periodic() && timer.period.saturating_mul(PERIOD_NS) < SHORTEST_PERIOD {
+            at = at.max(now.saturating_add(SHORTEST_PERIOD));
+        }
+        state.due[n] = Some(timer.comparator);
+        self.wake[n].arm(at);
     }
 
     /// Timer `n` is due.
@@ -563,6 +580,21 @@ mod tests {
         assert!(b.get(TIM0_CONF + 8) >= 40_000);
         b.hpet.reset(ResetKind::Cold);
         assert_eq!(b.replaced.lock().last(), Some(&false));
+    }
+
+    #[test]
+    fn a_tiny_period_does_not_keep_the_host_busy() {
+        let b = bench();
+        b.put(TIM0_CONF, 0x4c | 20 << 9);
+        b.put(TIM0_CONF + 8, 1);
+        b.put(TIM0_CONF + 8, 1);
+        b.put(GEN_CONF, ENABLE_CNF);
+        b.clock.resume();
+        wait(|| b.gsi[20].edges() >= 10);
+        b.clock.stop();
+        let passed = b.clock.now();
+        let most = passed / SHORTEST_PERIOD + 2;
+        assert!(b.gsi[20].edges() as u64 <= most, "in {passed} ns");
     }
 
     #[test]

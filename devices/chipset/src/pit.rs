@@ -32,6 +32,8 @@ pub mod spec {
 use spec::*;
 
 const NANOSECONDS: u64 = 1_000_000_000;
+/// The shortest time between two interrupts, in nanoseconds: more of them would only keep the host busy.
+const SHORTEST_PERIOD: u64 = 20_000;
 
 fn ticks(nanoseconds: u64) -> u64 {
     (u128::from(nanoseconds) * u128::from(FREQUENCY) / u128::from(NANOSECONDS)) as u64
@@ -282,7 +284,13 @@ impl Counter {
             4 | 5 if passed <= count => count + 1,
             _ => return None,
         };
-        Some(self.start.saturating_add(nanoseconds(at)))
+        let at = self.start.saturating_add(nanoseconds(at));
+        let too_short = self.periodic() && nanoseconds(count) < SHORTEST_PERIOD;
+        Some(if too_short {
+            at.max(now.saturating_add(SHORTEST_PERIOD))
+        } else {
+            at
+        })
     }
 }
 
