@@ -19,22 +19,14 @@ pub(crate) enum Purpose {
     RunCommands,
 }
 
-/// Modules in the order in which they are loaded.
-const MODULES: [&str; 15] = [
-    "kernel/drivers/virtio/virtio.ko",
-    "kernel/drivers/virtio/virtio_ring.ko",
-    "kernel/drivers/virtio/virtio_pci_modern_dev.ko",
-    "kernel/drivers/virtio/virtio_pci_legacy_dev.ko",
+/// Modules that a guest may need; what they depend on comes with them.
+const MODULES: [&str; 7] = [
     "kernel/drivers/virtio/virtio_pci.ko",
     "kernel/drivers/block/virtio_blk.ko",
-    "kernel/net/core/failover.ko",
-    "kernel/drivers/net/net_failover.ko",
     "kernel/drivers/net/virtio_net.ko",
     "kernel/drivers/char/hw_random/virtio-rng.ko",
     "kernel/drivers/char/virtio_console.ko",
     "kernel/drivers/virtio/virtio_balloon.ko",
-    "kernel/net/vmw_vsock/vsock.ko",
-    "kernel/net/vmw_vsock/vmw_vsock_virtio_transport_common.ko",
     "kernel/net/vmw_vsock/vmw_vsock_virtio_transport.ko",
 ];
 
@@ -138,10 +130,9 @@ pub(crate) fn build(kernel: &Kernel, purpose: Purpose, path: &Path) -> Result<()
     let read = |path: &Path| std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()));
     let busybox = read(Path::new("/bin/busybox"))?;
     let mut modules = Vec::new();
-    for module in MODULES {
-        let file = kernel.modules.join(module);
-        let name = module.rsplit('/').next().unwrap_or(module);
-        modules.push((name, read(&file)?));
+    for module in kernel.in_load_order(&MODULES)? {
+        let name = module.rsplit('/').next().unwrap_or(&module).to_owned();
+        modules.push((name, read(&kernel.modules.join(&module))?));
     }
     let body = if purpose == Purpose::MountDisk {
         MOUNT_DISK

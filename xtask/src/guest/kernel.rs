@@ -18,12 +18,39 @@ pub(crate) struct Kernel {
     pub(crate) modules: PathBuf,
 }
 
+impl Kernel {
+    /// The named modules and all that they depend on, each behind what it needs.
+    pub(crate) fn in_load_order(&self, wanted: &[&str]) -> Result<Vec<String>> {
+        let path = self.modules.join("modules.dep");
+        let text =
+            std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let mut order: Vec<String> = Vec::new();
+        for module in wanted {
+            let line = text.lines().find_map(|line| {
+                let (name, needs) = line.split_once(':')?;
+                (name == *module).then_some(needs)
+            });
+            let Some(needs) = line else {
+                return Err(format!("{}: no module {module}", path.display()));
+            };
+            // Each line lists everything that a module needs, what must be loaded first last.
+            for name in needs.split_whitespace().rev().chain([*module]) {
+                if !order.iter().any(|there| there == name) {
+                    order.push(name.to_owned());
+                }
+            }
+        }
+        Ok(order)
+    }
+}
+
 /// Fetches and unpacks the package unless that has been done.
 pub(crate) fn fetch() -> Result<Kernel> {
     let folder = host::folder("guest/kernel")?;
     if let Ok(kernel) = find(&folder) {
         return Ok(kernel);
     }
+    host::need_packages(&["kmod"])?;
     let mut policy = dependency();
     if policy.is_err() {
         host::update_package_lists()?;
@@ -54,7 +81,14 @@ pub(crate) fn fetch() -> Result<Kernel> {
             .arg(folder.join(archive))
             .arg(&folder),
     )?;
-    find(&folder)
+    let kernel = find(&folder)?;
+    host::run_quietly(
+        command("/sbin/depmod")
+            .arg("-b")
+            .arg(&folder)
+            .arg(&kernel.version),
+    )?;
+    Ok(kernel)
 }
 
 /// The package with the kernel itself.
