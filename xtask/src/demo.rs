@@ -111,10 +111,8 @@ fn log_in(console: &mut Console) -> Result<()> {
     console.send("root\n")?;
     console.expect("# ", BOOT)?;
     // A plain terminal: no colours, no bracketed paste, no line folding in what is read back.
-    console.send(
-        "export TERM=dumb PS1='# '; bind 'set enable-bracketed-paste off'; stty cols 500\n",
-    )?;
-    console.expect("\n# ", STEP).map(|_| ())
+    let plain = "export TERM=dumb PS1='# '; bind 'set enable-bracketed-paste off'; stty cols 500";
+    console.shell(plain, STEP).map(|_| ())
 }
 
 fn power_off(mut console: Console) -> Result<()> {

@@ -1,0 +1,156 @@
+//! Debian's unmodified kernel on the software CPU, with the devices that people use.
+
+mod machine;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+
+use machine::{Machine, guest, run_to_end};
+
+/// What the same kernel prints at warning level or above under QEMU too.
+const KNOWN_WARNINGS: &[&str] = &[
+    "ENERGY_PERF_BIAS",
+    "Spectre",
+    "RETBleed",
+    "MDS",
+    "TAA",
+    "MMIO Stale Data",
+    "x86/mm: Checked W+X",
+    "acpi PNP0A08:00: fail to add MMCONFIG",
+    "device-mapper",
+    "i8042",
+    "platform pcspkr",
+    "IPv6: ",
+    "module verification failed",
+    "tainting kernel",
+];
+
+#[test]
+fn boots_to_user_space_and_powers_off() {
+    let script = "uname -a;grep -c processor /proc/cpuinfo;dmesg -r|grep '^<[0-4]>'|sed s/^/WARNING:/";
+    let Some(mut run) = guest("boots_to_user_space_and_powers_off", script) else { return };
+    let text = run_to_end(&mut run);
+    assert!(text.contains("cloud-amd64 #1 SMP"), "{text}");
+    let unknown: Vec<&str> = text
+        .lines()
+        .filter(|l| l.starts_with("WARNING:"))
+        .filter(|l| !KNOWN_WARNINGS.iter().any(|known| l.contains(known)))
+        .collect();
+    assert!(unknown.is_empty(), "{unknown:#?}");
+}
+
+#[test]
+fn four_vcpus_come_up_and_work() {
+    let script = "echo CPUS=$(nproc);for n in 1 2 3 4;do (i=0;while [ $i -lt 20000 ];do i=$((i- -1));done;echo WORKER-$n)& done;wait";
+    let Some(mut run) = guest("four_vcpus_come_up_and_work", script) else { return };
+    let text = run_to_end(run.args(["--cpus", "4"]));
+    assert!(text.contains("CPUS=4"), "{text}");
+    for n in 1..=4 {
+        assert!(text.contains(&format!("WORKER-{n}")), "{text}");
+    }
+}
+
+/// Serves one page on loopback; returns the port.
+fn serve(page: String) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        while let Ok((mut client, _)) = listener.accept() {
+            let mut request = [0; 4096];
+            let _ = client.read(&mut request);
+            let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", page.len());
+            let _ = client.write_all(head.as_bytes()).and_then(|()| client.write_all(page.as_bytes()));
+        }
+    });
+    port
+}
+
+#[test]
+fn the_user_mode_network_gives_an_address_and_reaches_the_host() {
+    let port = serve("a page from the host ".repeat(5000));
+    let script = format!(
+        "ifconfig eth0 up;udhcpc -i eth0 -n -q -t 20 -s /bin/true;ifconfig eth0 10.0.2.15;wget -q -O - http://10.0.2.2:{port}/|wc -c"
+    );
+    let Some(mut run) = guest("the_user_mode_network", &script) else { return };
+    let text = run_to_end(run.args(["--net", "user"]));
+    assert!(text.contains("lease of 10.0.2.15 obtained"), "{text}");
+    assert!(text.contains("\n105000\n"), "{text}");
+}
+
+#[test]
+fn disks_keep_what_was_written_in_both_formats() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut create) = machine::corten() else {
+        println!("skipped: disks_keep_what_was_written_in_both_formats: no binary");
+        return;
+    };
+    let (raw, qcow2) = (dir.path().join("a.raw"), dir.path().join("b.qcow2"));
+    std::fs::File::create(&raw).unwrap().set_len(64 << 20).unwrap();
+    let status =
+        create.args(["img", "create", "-q", "-f", "qcow2"]).arg(&qcow2).arg("64M").status().unwrap();
+    assert!(status.success());
+    let disks = [format!("{},format=raw", raw.display()), format!("{},format=qcow2", qcow2.display())];
+    let write = "for d in vda vdb;do seq 1 200000|dd of=/dev/$d bs=64k seek=3 conv=fsync;done";
+    let Some(mut run) = guest("disks_keep_what_was_written_in_both_formats", write) else { return };
+    run_to_end(run.args(["--disk", &disks[0], "--disk", &disks[1]]));
+    let read = "for d in vda vdb;do dd if=/dev/$d bs=64k skip=3|head -c 1288895|md5sum;done;seq 1 200000|md5sum";
+    let Some(mut run) = guest("disks_keep_what_was_written_in_both_formats", read) else { return };
+    let text = run_to_end(run.args(["--disk", &disks[0], "--disk", &disks[1]]));
+    let sums: Vec<&str> = text.lines().filter(|l| l.ends_with("  -")).collect();
+    assert_eq!(sums.len(), 3, "{text}");
+    assert!(sums[0] == sums[1] && sums[1] == sums[2], "{sums:?}");
+}
+
+#[test]
+fn qmp_stops_continues_and_quits() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    let Some(mut run) = guest("qmp_stops_continues_and_quits", "sleep 1000") else { return };
+    run.arg("--qmp").arg(format!("unix:{}", socket.display()));
+    let mut machine = Machine::start(&mut run);
+    machine.expect("GUEST-USER-SPACE");
+    let mut qmp = BufReader::new(UnixStream::connect(&socket).unwrap());
+    let read = |qmp: &mut BufReader<UnixStream>| -> serde_json::Value {
+        let mut line = String::new();
+        qmp.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    };
+    assert!(read(&mut qmp)["QMP"].is_object());
+    // The answer to a command and the event that it causes may come in either order.
+    let mut say = |command: &str, event: Option<&str>| {
+        let text = format!("{{\"execute\":\"{command}\"}}\n");
+        qmp.get_mut().write_all(text.as_bytes()).unwrap();
+        let (mut answer, mut heard) = (None, event.is_none());
+        while answer.is_none() || !heard {
+            let message = read(&mut qmp);
+            match event {
+                Some(name) if message["event"] == name => heard = true,
+                _ if message.get("return").is_some() => answer = Some(message["return"].clone()),
+                _ => panic!("{command}: {message}"),
+            }
+        }
+        answer.unwrap()
+    };
+    say("qmp_capabilities", None);
+    assert_eq!(say("query-status", None)["status"], "running");
+    say("stop", Some("STOP"));
+    assert_eq!(say("query-status", None)["status"], "paused");
+    say("cont", Some("RESUME"));
+    assert_eq!(say("query-status", None)["running"], true);
+    say("quit", Some("SHUTDOWN"));
+    let (status, _) = machine.wait();
+    assert!(status.success());
+}
+
+#[test]
+fn a_panic_with_no_reboot_ends_with_a_line_that_says_so() {
+    let script = "echo c > /proc/sysrq-trigger";
+    let Some(mut run) = guest("a_panic_with_no_reboot", script) else { return };
+    let output = run.stdin(std::process::Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(text.contains("Kernel panic - not syncing"), "{text}");
+    assert!(said.contains("corten: the guest has reset"), "{said}");
+}
