@@ -1,6 +1,6 @@
 //! Near branches. Their targets are kept as distances from the block's first instruction.
 
-use super::dispatch::{at, done_branch, fast_load, fast_read, place_at, stored_branch};
+use super::dispatch::{at, done_branch, fast_load, place_at, stored_branch};
 use super::stack;
 use crate::cpu::{Cpu, Fault, Flow, Op, Result, Value};
 use x86_defs::state::{RCX, RSP};
@@ -188,10 +188,4 @@ pub(crate) const LOOPNE: u8 = 3;
 pub(crate) fn end_of_block(cpu: &mut Cpu, op: *const Op) -> Flow {
     cpu.rip = cpu.next_rip(at(op));
     Flow::Next
-}
-
-/// Reads the memory operand of an indirect branch ahead of time in the usual case.
-#[inline(always)]
-pub(crate) fn fast_target(cpu: &Cpu, op: &Op) -> Option<u64> {
-    fast_read::<u64>(cpu, op)
 }
