@@ -25,6 +25,8 @@ mod mmu;
 mod run;
 mod simd;
 mod system;
+#[cfg(test)]
+mod testing;
 mod vm;
 mod x87;
 

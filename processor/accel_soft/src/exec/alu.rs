@@ -1,7 +1,9 @@
 //! ADD, OR, ADC, SBB, AND, SUB, XOR, CMP, TEST; INC, DEC, NEG, NOT.
 
 use super::arith::Arith;
-use super::dispatch::{at, done, fast_place, fast_read, next, stored};
+use super::dispatch::{
+    Address, AnyAddress, BaseAddress, at, done, fast_place, fast_read, next, stored,
+};
 use crate::cpu::{Cpu, Flow, Handler, Op, Status};
 
 /// An operation with two operands.
@@ -102,8 +104,8 @@ fn register_immediate<B: Binary, T: Arith>(cpu: &mut Cpu, op: *const Op) -> Flow
     finish::<B, T>(cpu, op, a, T::from_u64(at(op).imm))
 }
 
-fn register_memory<B: Binary, T: Arith>(cpu: &mut Cpu, op: *const Op) -> Flow {
-    let Some(b) = fast_read::<T>(cpu, at(op)) else {
+fn register_memory<B: Binary, T: Arith, E: Address>(cpu: &mut Cpu, op: *const Op) -> Flow {
+    let Some(b) = fast_read::<T, E>(cpu, at(op)) else {
         return register_memory_slow::<B, T>(cpu, op);
     };
     let a = cpu.reg_a(at(op));
@@ -123,8 +125,8 @@ fn register_memory_slow<B: Binary, T: Arith>(cpu: &mut Cpu, op: *const Op) -> Fl
     done(cpu, op, result)
 }
 
-fn memory_read<B: Binary, T: Arith, S: Source>(cpu: &mut Cpu, op: *const Op) -> Flow {
-    let Some(a) = fast_read::<T>(cpu, at(op)) else {
+fn memory_read<B: Binary, T: Arith, S: Source, E: Address>(cpu: &mut Cpu, op: *const Op) -> Flow {
+    let Some(a) = fast_read::<T, E>(cpu, at(op)) else {
         return memory_read_slow::<B, T, S>(cpu, op);
     };
     cpu.status = B::run(cpu.status, a, S::get(cpu, at(op))).1;
@@ -140,8 +142,8 @@ fn memory_read_slow<B: Binary, T: Arith, S: Source>(cpu: &mut Cpu, op: *const Op
     done(cpu, op, result)
 }
 
-fn memory_update<B: Binary, T: Arith, S: Source>(cpu: &mut Cpu, op: *const Op) -> Flow {
-    let Some(place) = fast_place::<T>(cpu, at(op)) else {
+fn memory_update<B: Binary, T: Arith, S: Source, E: Address>(cpu: &mut Cpu, op: *const Op) -> Flow {
+    let Some(place) = fast_place::<T, E>(cpu, at(op)) else {
         return memory_update_slow::<B, T, S>(cpu, op);
     };
     let (result, status) = B::run(cpu.status, place.get::<T>(), S::get(cpu, at(op)));
@@ -187,8 +189,8 @@ fn unary_register<U: Unary, T: Arith>(cpu: &mut Cpu, op: *const Op) -> Flow {
     next(cpu, op)
 }
 
-fn unary_memory<U: Unary, T: Arith>(cpu: &mut Cpu, op: *const Op) -> Flow {
-    let Some(place) = fast_place::<T>(cpu, at(op)) else {
+fn unary_memory<U: Unary, T: Arith, E: Address>(cpu: &mut Cpu, op: *const Op) -> Flow {
+    let Some(place) = fast_place::<T, E>(cpu, at(op)) else {
         return unary_memory_slow::<U, T, false>(cpu, op);
     };
     let (result, status) = U::run(cpu.status, place.get::<T>());
@@ -229,26 +231,35 @@ pub(crate) enum Form {
     MemoryImmediate,
 }
 
-/// The handler of a binary operation on operands of a size.
-pub(crate) fn binary<B: Binary, T: Arith>(form: Form, locked: bool) -> Handler {
+/// The handler of a binary operation on operands of a size. `base`: the memory operand is a [`BaseAddress`].
+pub(crate) fn binary<B: Binary, T: Arith>(form: Form, locked: bool, base: bool) -> Handler {
+    if base {
+        binary_at::<B, T, BaseAddress>(form, locked)
+    } else {
+        binary_at::<B, T, AnyAddress>(form, locked)
+    }
+}
+
+fn binary_at<B: Binary, T: Arith, E: Address>(form: Form, locked: bool) -> Handler {
     match (form, locked) {
         (Form::RegisterRegister, _) => register_register::<B, T>,
         (Form::RegisterImmediate, _) => register_immediate::<B, T>,
-        (Form::RegisterMemory, _) => register_memory::<B, T>,
-        (Form::MemoryRegister, _) if !B::WRITES => memory_read::<B, T, Register>,
-        (Form::MemoryImmediate, _) if !B::WRITES => memory_read::<B, T, Immediate>,
-        (Form::MemoryRegister, false) => memory_update::<B, T, Register>,
-        (Form::MemoryImmediate, false) => memory_update::<B, T, Immediate>,
+        (Form::RegisterMemory, _) => register_memory::<B, T, E>,
+        (Form::MemoryRegister, _) if !B::WRITES => memory_read::<B, T, Register, E>,
+        (Form::MemoryImmediate, _) if !B::WRITES => memory_read::<B, T, Immediate, E>,
+        (Form::MemoryRegister, false) => memory_update::<B, T, Register, E>,
+        (Form::MemoryImmediate, false) => memory_update::<B, T, Immediate, E>,
         (Form::MemoryRegister, true) => memory_locked::<B, T, Register>,
         (Form::MemoryImmediate, true) => memory_locked::<B, T, Immediate>,
     }
 }
 
 /// The handler of a unary operation.
-pub(crate) fn unary<U: Unary, T: Arith>(memory: bool, locked: bool) -> Handler {
+pub(crate) fn unary<U: Unary, T: Arith>(memory: bool, locked: bool, base: bool) -> Handler {
     match (memory, locked) {
         (false, _) => unary_register::<U, T>,
-        (true, false) => unary_memory::<U, T>,
+        (true, false) if base => unary_memory::<U, T, BaseAddress>,
+        (true, false) => unary_memory::<U, T, AnyAddress>,
         (true, true) => unary_memory_slow::<U, T, true>,
     }
 }

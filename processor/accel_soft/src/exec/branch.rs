@@ -1,6 +1,6 @@
 //! Near branches. Their targets are kept as distances from the block's first instruction.
 
-use super::dispatch::{at, done_branch, fast_load, fast_read, place_at, stored_branch};
+use super::dispatch::{at, done_branch, fast_load, place_at, stored_branch};
 use super::stack;
 use crate::cpu::{Cpu, Fault, Flow, Op, Result, Value};
 use x86_defs::state::{RCX, RSP};
@@ -67,9 +67,10 @@ pub(crate) fn jmp_m<T: Value>(cpu: &mut Cpu, op: *const Op) -> Flow {
 }
 
 fn call_to<T: Value>(cpu: &mut Cpu, op: &Op, to: u64) -> Result<()> {
-    check(cpu, to)?;
-    let back = cpu.next_rip(op);
+    let (back, rsp) = (cpu.next_rip(op), cpu.regs[RSP]);
     cpu.push(T::from_u64(back))?;
+    // Processors look at the target only after they have written the return address.
+    check(cpu, to).inspect_err(|_| cpu.regs[RSP] = rsp)?;
     cpu.rip = to;
     Ok(())
 }
@@ -187,10 +188,4 @@ pub(crate) const LOOPNE: u8 = 3;
 pub(crate) fn end_of_block(cpu: &mut Cpu, op: *const Op) -> Flow {
     cpu.rip = cpu.next_rip(at(op));
     Flow::Next
-}
-
-/// Reads the memory operand of an indirect branch ahead of time in the usual case.
-#[inline(always)]
-pub(crate) fn fast_target(cpu: &Cpu, op: &Op) -> Option<u64> {
-    fast_read::<u64>(cpu, op)
 }

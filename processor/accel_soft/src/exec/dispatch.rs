@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::cpu::{Cpu, Ea, Flow, Op, Result, Value, fault, leave};
+use crate::cpu::{Cpu, Ea, FLAT, Flow, Op, Result, Value, fault, gpr, leave};
 
 /// Goes on to the next operation.
 #[inline(always)]
@@ -59,10 +59,40 @@ fn flat(cpu: &Cpu, op: &Op) -> Option<u64> {
     }
 }
 
+/// How a fast handler makes the linear address of its memory operand.
+pub(crate) trait Address {
+    /// The address, or `None` where a check is needed.
+    fn linear(cpu: &Cpu, op: &Op) -> Option<u64>;
+}
+
+/// Any kind of operand.
+pub(crate) struct AnyAddress;
+impl Address for AnyAddress {
+    #[inline(always)]
+    fn linear(cpu: &Cpu, op: &Op) -> Option<u64> {
+        flat(cpu, op)
+    }
+}
+
+/// A base register and a displacement in 64-bit mode: the most frequent by far.
+pub(crate) struct BaseAddress;
+impl Address for BaseAddress {
+    #[inline(always)]
+    fn linear(cpu: &Cpu, op: &Op) -> Option<u64> {
+        let base: u64 = cpu.regs.get(op.base);
+        Some(base.wrapping_add(op.disp as u64))
+    }
+}
+
+/// True when [`BaseAddress`] is what the operand needs.
+pub(crate) fn is_base_address(op: &Op) -> bool {
+    op.ea() == Ea::Flat64 && op.seg >= FLAT && op.index == gpr(17)
+}
+
 /// The memory operand, in the usual case.
 #[inline(always)]
-pub(crate) fn fast_read<T: Value>(cpu: &Cpu, op: &Op) -> Option<T> {
-    fast_load(cpu, flat(cpu, op)?)
+pub(crate) fn fast_read<T: Value, E: Address>(cpu: &Cpu, op: &Op) -> Option<T> {
+    fast_load(cpu, E::linear(cpu, op)?)
 }
 
 /// Memory at a linear address, in the usual case.
@@ -103,8 +133,8 @@ impl Place {
 
 /// The memory operand as a place to write, in the usual case.
 #[inline(always)]
-pub(crate) fn fast_place<T: Value>(cpu: &Cpu, op: &Op) -> Option<Place> {
-    place_at::<T>(cpu, flat(cpu, op)?)
+pub(crate) fn fast_place<T: Value, E: Address>(cpu: &Cpu, op: &Op) -> Option<Place> {
+    place_at::<T>(cpu, E::linear(cpu, op)?)
 }
 
 /// A linear address as a place to write, in the usual case.

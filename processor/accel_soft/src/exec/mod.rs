@@ -13,6 +13,8 @@ mod select;
 mod shift;
 mod stack;
 mod string;
+#[cfg(test)]
+mod tests;
 mod various;
 
 pub(crate) use branch::end_of_block;

@@ -1,7 +1,7 @@
 //! MOV and its kin: MOVZX, MOVSX, MOVSXD, LEA, XCHG, CMOVcc, SETcc, BSWAP, MOVBE, XADD, CMPXCHG, CBW and CWD families, XLAT, LAHF, SAHF.
 
 use super::arith::{Arith, WideArith};
-use super::dispatch::{at, done, fast_place, fast_read, next, stored};
+use super::dispatch::{Address, at, done, fast_place, fast_read, next, stored};
 use crate::cpu::{Access, Cpu, Ea, Flow, Op, Result, Value};
 use x86_defs::state::{RAX, RDX};
 
@@ -19,8 +19,8 @@ pub(crate) fn mov_ri<T: Value>(cpu: &mut Cpu, op: *const Op) -> Flow {
 }
 
 /// MOV r, m.
-pub(crate) fn mov_rm<T: Value>(cpu: &mut Cpu, op: *const Op) -> Flow {
-    let Some(value) = fast_read::<T>(cpu, at(op)) else {
+pub(crate) fn mov_rm<T: Value, E: Address>(cpu: &mut Cpu, op: *const Op) -> Flow {
+    let Some(value) = fast_read::<T, E>(cpu, at(op)) else {
         return extend_slow::<T, T, false>(cpu, op);
     };
     cpu.set_a(at(op), value);
@@ -53,11 +53,11 @@ fn extend_slow<F: Value, T: Value, const SIGNED: bool>(cpu: &mut Cpu, op: *const
 }
 
 /// MOVZX, MOVSX, MOVSXD r, m.
-pub(crate) fn extend_rm<F: Arith, T: Value, const SIGNED: bool>(
+pub(crate) fn extend_rm<F: Arith, T: Value, E: Address, const SIGNED: bool>(
     cpu: &mut Cpu,
     op: *const Op,
 ) -> Flow {
-    let Some(value) = fast_read::<F>(cpu, at(op)) else {
+    let Some(value) = fast_read::<F, E>(cpu, at(op)) else {
         return extend_slow::<F, T, SIGNED>(cpu, op);
     };
     cpu.set_a(at(op), extended::<F, T, SIGNED>(value));
@@ -75,8 +75,8 @@ pub(crate) fn extend_rr<F: Arith, T: Value, const SIGNED: bool>(
 }
 
 /// MOV m, r.
-pub(crate) fn mov_mr<T: Value>(cpu: &mut Cpu, op: *const Op) -> Flow {
-    let Some(place) = fast_place::<T>(cpu, at(op)) else {
+pub(crate) fn mov_mr<T: Value, E: Address>(cpu: &mut Cpu, op: *const Op) -> Flow {
+    let Some(place) = fast_place::<T, E>(cpu, at(op)) else {
         return mov_m_slow::<T, false>(cpu, op);
     };
     if place.put(cpu.reg_a::<T>(at(op))) {
@@ -86,8 +86,8 @@ pub(crate) fn mov_mr<T: Value>(cpu: &mut Cpu, op: *const Op) -> Flow {
 }
 
 /// MOV m, imm.
-pub(crate) fn mov_mi<T: Value>(cpu: &mut Cpu, op: *const Op) -> Flow {
-    let Some(place) = fast_place::<T>(cpu, at(op)) else {
+pub(crate) fn mov_mi<T: Value, E: Address>(cpu: &mut Cpu, op: *const Op) -> Flow {
+    let Some(place) = fast_place::<T, E>(cpu, at(op)) else {
         return mov_m_slow::<T, true>(cpu, op);
     };
     if place.put(T::from_u64(at(op).imm)) {

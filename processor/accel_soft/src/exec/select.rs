@@ -4,6 +4,7 @@ use iced_x86::{Code, CodeSize, FlowControl, Instruction, Mnemonic as M, OpKind, 
 
 use super::alu::{self, Binary, Form, Unary};
 use super::arith::{Arith, WideArith};
+use super::dispatch::{AnyAddress, BaseAddress, is_base_address};
 use super::{bcd, bits, branch, moves, multiply, port, shift, stack, string, various};
 use crate::cpu::{Ea, Handler, Mode, Op, Value, instruction, last_instruction};
 
@@ -66,6 +67,18 @@ macro_rules! large {
 macro_rules! either {
     ($memory:expr, $f:ident :: $g:ident < $($a:tt),* >) => {
         if $memory { instruction($f::$g::<$($a,)* true>) } else { instruction($f::$g::<$($a,)* false>) }
+    };
+}
+/// Calls with the kind of address that the memory operand has.
+macro_rules! addressed {
+    ($op:expr, $e:ident => $h:expr) => {
+        if is_base_address($op) {
+            type $e = BaseAddress;
+            $h
+        } else {
+            type $e = AnyAddress;
+            $h
+        }
     };
 }
 /// One instance for each condition code.
@@ -187,7 +200,7 @@ pub(crate) fn select(i: &Instruction, op: &mut Op, mode: Mode) -> Option<Selecte
     if let Some(repeat) = string_repeat(i) {
         return string_instruction(i, repeat);
     }
-    arithmetic(i)
+    arithmetic(i, op)
         .or_else(|| movement(i, op, mode))
         .or_else(|| control(i, op, mode))
         .or_else(|| stack_instruction(i, op, mode))
@@ -209,51 +222,52 @@ fn form(i: &Instruction) -> Option<Form> {
     )
 }
 
-fn binary<B: Binary>(i: &Instruction) -> Option<Selected> {
+fn binary<B: Binary>(i: &Instruction, op: &Op) -> Option<Selected> {
     let form = form(i)?;
-    let locked = i.has_lock_prefix();
-    on(sized!(size_of_operand(i, 0), T => alu::binary::<B, T>(form, locked)))
+    let (locked, base) = (i.has_lock_prefix(), is_base_address(op));
+    on(sized!(size_of_operand(i, 0), T => alu::binary::<B, T>(form, locked, base)))
 }
 
-fn unary<U: Unary>(i: &Instruction) -> Option<Selected> {
+fn unary<U: Unary>(i: &Instruction, op: &Op) -> Option<Selected> {
     let (memory, locked) = (is_memory(i, 0), i.has_lock_prefix());
-    on(sized!(size_of_operand(i, 0), T => alu::unary::<U, T>(memory, locked)))
+    let base = is_base_address(op);
+    on(sized!(size_of_operand(i, 0), T => alu::unary::<U, T>(memory, locked, base)))
 }
 
-fn arithmetic(i: &Instruction) -> Option<Selected> {
+fn arithmetic(i: &Instruction, op: &Op) -> Option<Selected> {
     match i.mnemonic() {
-        M::Add => binary::<alu::Add>(i),
-        M::Or => binary::<alu::Or>(i),
-        M::Adc => binary::<alu::Adc>(i),
-        M::Sbb => binary::<alu::Sbb>(i),
-        M::And => binary::<alu::And>(i),
-        M::Sub => binary::<alu::Sub>(i),
-        M::Xor => binary::<alu::Xor>(i),
-        M::Cmp => binary::<alu::Cmp>(i),
-        M::Test => binary::<alu::Test>(i),
-        M::Inc => unary::<alu::Inc>(i),
-        M::Dec => unary::<alu::Dec>(i),
-        M::Neg => unary::<alu::Neg>(i),
-        M::Not => unary::<alu::Not>(i),
+        M::Add => binary::<alu::Add>(i, op),
+        M::Or => binary::<alu::Or>(i, op),
+        M::Adc => binary::<alu::Adc>(i, op),
+        M::Sbb => binary::<alu::Sbb>(i, op),
+        M::And => binary::<alu::And>(i, op),
+        M::Sub => binary::<alu::Sub>(i, op),
+        M::Xor => binary::<alu::Xor>(i, op),
+        M::Cmp => binary::<alu::Cmp>(i, op),
+        M::Test => binary::<alu::Test>(i, op),
+        M::Inc => unary::<alu::Inc>(i, op),
+        M::Dec => unary::<alu::Dec>(i, op),
+        M::Neg => unary::<alu::Neg>(i, op),
+        M::Not => unary::<alu::Not>(i, op),
         _ => None,
     }
 }
 
-fn extend<F: Arith, T: Value, const SIGNED: bool>(memory: bool) -> Handler {
+fn extend<F: Arith, T: Value, const SIGNED: bool>(memory: bool, op: &Op) -> Handler {
     if memory {
-        moves::extend_rm::<F, T, SIGNED>
+        addressed!(op, E => moves::extend_rm::<F, T, E, SIGNED>)
     } else {
         moves::extend_rr::<F, T, SIGNED>
     }
 }
 
-fn extension<const SIGNED: bool>(i: &Instruction) -> Option<Selected> {
+fn extension<const SIGNED: bool>(i: &Instruction, op: &Op) -> Option<Selected> {
     let memory = is_memory(i, 1);
     let to = size_of_operand(i, 0);
     on(match size_of_operand(i, 1) {
-        1 => wide!(to, T => extend::<u8, T, SIGNED>(memory)),
-        2 => wide!(to, T => extend::<u16, T, SIGNED>(memory)),
-        4 => wide!(to, T => extend::<u32, T, SIGNED>(memory)),
+        1 => wide!(to, T => extend::<u8, T, SIGNED>(memory, op)),
+        2 => wide!(to, T => extend::<u16, T, SIGNED>(memory, op)),
+        4 => wide!(to, T => extend::<u32, T, SIGNED>(memory, op)),
         _ => return None,
     })
 }
@@ -281,9 +295,9 @@ fn mov(i: &Instruction, op: &mut Op) -> Option<Selected> {
     on(match form(i)? {
         Form::RegisterRegister => sized!(size, T => moves::mov_rr::<T>),
         Form::RegisterImmediate => sized!(size, T => moves::mov_ri::<T>),
-        Form::RegisterMemory => sized!(size, T => moves::mov_rm::<T>),
-        Form::MemoryRegister => sized!(size, T => moves::mov_mr::<T>),
-        Form::MemoryImmediate => sized!(size, T => moves::mov_mi::<T>),
+        Form::RegisterMemory => sized!(size, T => addressed!(op, E => moves::mov_rm::<T, E>)),
+        Form::MemoryRegister => sized!(size, T => addressed!(op, E => moves::mov_mr::<T, E>)),
+        Form::MemoryImmediate => sized!(size, T => addressed!(op, E => moves::mov_mi::<T, E>)),
     })
 }
 
@@ -311,15 +325,15 @@ fn movement(i: &Instruction, op: &mut Op, mode: Mode) -> Option<Selected> {
     let locked = i.has_lock_prefix();
     match i.mnemonic() {
         M::Mov => mov(i, op),
-        M::Movnti => on(large!(size, T => moves::mov_mr::<T>)),
-        M::Movzx => extension::<false>(i),
-        M::Movsx => extension::<true>(i),
+        M::Movnti => on(large!(size, T => addressed!(op, E => moves::mov_mr::<T, E>))),
+        M::Movzx => extension::<false>(i, op),
+        M::Movsx => extension::<true>(i, op),
         // MOVSXD without REX.W moves 32 (or 16) bits and extends nothing.
         M::Movsxd => match size {
-            8 => extension::<true>(i),
-            4 if memory => on(moves::mov_rm::<u32>),
+            8 => extension::<true>(i, op),
+            4 if memory => on(moves::mov_rm::<u32, AnyAddress>),
             4 => on(moves::mov_rr::<u32>),
-            _ if memory => on(moves::mov_rm::<u16>),
+            _ if memory => on(moves::mov_rm::<u16, AnyAddress>),
             _ => on(moves::mov_rr::<u16>),
         },
         M::Lea if mode.is_64bit() && op.ea() == Ea::Flat64 => {

@@ -258,6 +258,10 @@ impl Cpu {
 
     /// The time-stamp counter at a guest time in nanoseconds.
     pub(super) fn tsc_at(&self, now: u64) -> u64 {
+        // The usual frequency needs no division.
+        if self.tsc_khz == 1_000_000 {
+            return now.wrapping_add(self.system.tsc_offset);
+        }
         let ticks = u128::from(now) * u128::from(self.tsc_khz) / 1_000_000;
         (ticks as u64).wrapping_add(self.system.tsc_offset)
     }
