@@ -26,6 +26,8 @@ mod run;
 mod simd;
 mod system;
 mod vm;
+#[cfg(test)]
+mod wild;
 mod x87;
 
 pub use vm::{SoftAccel, SoftEmulator};
