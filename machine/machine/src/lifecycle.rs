@@ -237,13 +237,16 @@ impl Thread {
 
     fn reset(&mut self, entry: Option<&Entry>) {
         self.stuck = false;
-        let result = self.vcpu.reset().and_then(|()| match entry {
-            Some(entry) if self.number == 0 => {
-                let mut state = self.vcpu.state()?;
+        let result = self.vcpu.reset().and_then(|()| {
+            let Some(entry) = entry else {
+                return Ok(());
+            };
+            let mut state = self.vcpu.state()?;
+            crate::loader::set_memory_types(&mut state);
+            if self.number == 0 {
                 crate::loader::prepare(&mut state, entry);
-                self.vcpu.set_state(&state)
             }
-            _ => Ok(()),
+            self.vcpu.set_state(&state)
         });
         if let Err(why) = result {
             self.fail(why.to_string());

@@ -28,6 +28,8 @@ mod system;
 #[cfg(test)]
 mod testing;
 mod vm;
+#[cfg(test)]
+mod wild;
 mod x87;
 
 pub use vm::{SoftAccel, SoftEmulator};

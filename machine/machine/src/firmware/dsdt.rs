@@ -213,6 +213,8 @@ fn isa_devices(config: &AcpiConfig<'_>, bytes: &mut Vec<u8>) {
         vec![&io(0x60, 1), &io(0x64, 1), &isa_interrupt(1)],
         &mut isa,
     );
+    // Without it Linux takes the controller's second port for disabled, and warns.
+    isa_device("MOU_", "PNP0F13", 0, vec![&isa_interrupt(12)], &mut isa);
     for &number in config.serial_ports {
         let Some((port, irq)) = COM_PORTS.get(usize::from(number).wrapping_sub(1)) else {
             continue;

@@ -243,6 +243,16 @@ fn load_initrd(
     Ok((address, size))
 }
 
+/// Does what firmware does to the memory types of every processor before a kernel starts: MTRRs are on, and memory is
+/// write-back where page tables say nothing else (SDM volume 3, section 13.11.2.1). Linux leaves the page attribute
+/// table off where it finds MTRRs off.
+pub fn set_memory_types(state: &mut VcpuState) {
+    const MTRR_DEF_TYPE: u32 = 0x2ff;
+    const ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
+    state.msrs.retain(|(msr, _)| *msr != MTRR_DEF_TYPE);
+    state.msrs.push((MTRR_DEF_TYPE, ENABLED_WRITE_BACK));
+}
+
 /// Puts a vCPU that has been reset into the state in which the kernel starts.
 pub fn prepare(state: &mut VcpuState, entry: &Entry) {
     entry.apply(state);

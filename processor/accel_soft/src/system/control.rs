@@ -13,8 +13,17 @@ pub(super) const CR4_KNOWN: Cr4 = Cr4::all()
     .difference(Cr4::VMXE)
     .difference(Cr4::PKE);
 
-/// The state components that XCR0 may enable.
+/// The state components that there can be.
 pub(super) const XCR0_KNOWN: Xcr0 = Xcr0::X87.union(Xcr0::SSE).union(Xcr0::AVX);
+
+/// The state components that XCR0 may enable: AVX only where the host executes it.
+fn xcr0_allowed() -> Xcr0 {
+    if crate::simd::host_features().avx {
+        XCR0_KNOWN
+    } else {
+        XCR0_KNOWN - Xcr0::AVX
+    }
+}
 
 impl Cpu {
     /// MOV to CR0 and what follows from it.
@@ -121,7 +130,7 @@ impl Cpu {
     /// #GP for combinations that there are not (SDM volume 1, section 13.3).
     fn set_xcr0(&mut self, value: u64) -> Result<()> {
         let new = Xcr0::from_bits_retain(value);
-        let bad = !XCR0_KNOWN.contains(new)
+        let bad = !xcr0_allowed().contains(new)
             || !new.contains(Xcr0::X87)
             || (new.contains(Xcr0::AVX) && !new.contains(Xcr0::SSE));
         if bad {
