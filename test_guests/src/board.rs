@@ -98,6 +98,16 @@ impl Io {
         self.handles.lock().iter().for_each(|handle| handle.kick());
     }
 
+    /// Forgets what an earlier guest has left in the ports.
+    pub fn forget(&self) {
+        self.scratch.lock().fill(0);
+        *self.count.lock() = 0;
+        self.stream.lock().clear();
+        self.detail.lock().clear();
+        self.extint.lock().clear();
+        self.vm.set_extint(false);
+    }
+
     /// The handle of a vCPU, in the order of their making.
     pub fn handle(&self, index: usize) -> Arc<dyn VcpuHandle> {
         self.handles.lock()[index].clone()

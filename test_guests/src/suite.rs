@@ -1,6 +1,7 @@
 //! The conformance suite: what every processor behind the seam must do.
 
 mod control;
+mod hostile;
 mod interrupts;
 mod memory;
 mod simple;
@@ -37,6 +38,7 @@ pub fn all() -> Vec<Test> {
     tests.extend(interrupts::TESTS);
     tests.extend(memory::TESTS);
     tests.extend(control::TESTS);
+    tests.extend(hostile::TESTS);
     tests
 }
 

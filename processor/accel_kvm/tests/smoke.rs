@@ -140,6 +140,28 @@ fn refuses_what_can_not_be() {
 }
 
 #[test]
+fn makes_as_many_vcpus_as_large_machines_have() {
+    let Some(accel) = accel() else { return };
+    let vm = accel
+        .create_vm(VmConfig {
+            memory: GuestMemory::new(),
+            clock: GuestClock::new(),
+            max_vcpus: 288,
+        })
+        .unwrap();
+    let vcpus: Vec<_> = (0..288)
+        .map(|id| vm.create_vcpu(config(&accel, id)).unwrap())
+        .collect();
+    let last = vcpus[287].state().unwrap();
+    assert_eq!(
+        last.mp_state,
+        x86_defs::state::MpState::Uninitialized,
+        "application processors wait"
+    );
+    assert!(vm.create_vcpu(config(&accel, 288)).is_err());
+}
+
+#[test]
 fn says_why_there_is_no_kvm() {
     let error = KvmAccel::open_at(std::path::Path::new("/dev/null")).err();
     assert!(error.unwrap().to_string().contains("API version"));

@@ -60,6 +60,9 @@ impl Routine {
     }
 }
 
+/// The exception flags of the status word, and their masks in the control word.
+const EXCEPTIONS: u16 = 0x3f;
+
 /// Bytes of a table entry.
 const STRIDE: u64 = 4;
 
@@ -105,8 +108,11 @@ impl Image {
             let (significand, rest) = unit.registers[(top + i) & 7];
             *slot = u128::from(significand) | u128::from(rest) << 64;
         }
+        // The guest may have loaded exception flags that are pending by its control word. The host's unit would raise them
+        // as its own, and end the process; whoever calls has decided what they mean to the guest.
+        let pending = unit.status & !unit.control & EXCEPTIONS != 0;
         Self {
-            control: unit.control,
+            control: unit.control | if pending { EXCEPTIONS } else { 0 },
             status: unit.status,
             tags: unit.tags,
             reserved: 0,
