@@ -26,6 +26,23 @@ fn device(options: BlkOptions, disk: DiskOptions) -> (Guest, BlkHandle) {
     (Guest::new(blk), handle)
 }
 
+/// A disk in a file, so that requests really are under way.
+fn on_file(kind: EngineKind) -> (Guest, BlkHandle) {
+    let thread = IoThread::start("disk", kind).unwrap();
+    let options = BlkOptions {
+        queues: 2,
+        ..BlkOptions::default()
+    };
+    let (blk, handle) = Blk::new(thread, options, || async {
+        let file = block::HostFile::temporary(&std::env::temp_dir())?;
+        block::Medium::set_len(&file, 8 * MIB).await?;
+        let backend = RawBackend::open(Rc::new(file)).await?;
+        Ok(Disk::new(Rc::new(backend), DiskOptions::default()))
+    })
+    .unwrap();
+    (Guest::new(blk), handle)
+}
+
 fn plain() -> (Guest, BlkHandle) {
     let options = BlkOptions {
         queues: 2,
@@ -89,7 +106,12 @@ fn reads_what_was_written_with_every_ring() {
 
 #[test]
 fn many_requests_are_in_flight_on_all_queues() {
-    let (mut guest, _handle) = plain();
+    many_requests(plain());
+    many_requests(on_file(EngineKind::Auto));
+    many_requests(on_file(EngineKind::Threads));
+}
+
+fn many_requests((mut guest, _handle): (Guest, BlkHandle)) {
     guest.start(ring::EVENT_IDX, 128);
     for round in 0..8u64 {
         for queue in 0..2u16 {
@@ -240,7 +262,12 @@ fn malformed_requests_stop_the_queue_and_a_reset_heals() {
 
 #[test]
 fn resets_in_the_middle_of_work_leave_nothing_behind() {
-    let (mut guest, _handle) = plain();
+    resets_in_the_middle(plain());
+    resets_in_the_middle(on_file(EngineKind::Auto));
+    resets_in_the_middle(on_file(EngineKind::Threads));
+}
+
+fn resets_in_the_middle((mut guest, _handle): (Guest, BlkHandle)) {
     for round in 0..30u64 {
         guest.start(if round % 2 == 0 { 0 } else { ring::RING_PACKED }, 64);
         for i in 0..12u64 {

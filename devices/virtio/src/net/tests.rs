@@ -436,3 +436,32 @@ fn options_are_checked() {
         Err(NetError::QueuesTaken(_))
     ));
 }
+
+#[test]
+fn the_user_mode_network_answers_the_card() {
+    use network_cards::user::{UserNet, UserNetConfig};
+    let link = UserNet::new(UserNetConfig::default()).unwrap();
+    let (net, _handle) = Net::new(Arc::new(link), NetOptions::new(MAC)).unwrap();
+    let mut guest = Guest::new(net);
+    for features in [BASIC, ALL] {
+        guest.start(features & !feature::CTRL_VLAN, 64);
+        guest.post(0, 0..64);
+        let mut ask = vec![0xff; 6];
+        ask.extend(MAC);
+        ask.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        ask.extend(MAC);
+        ask.extend([10, 0, 2, 15, 0, 0, 0, 0, 0, 0, 10, 0, 2, 2]);
+        ask.resize(60, 0);
+        guest.transmit(1, &OffloadHeader::default(), &ask);
+        let answer = loop {
+            let (_, frame, _) = guest.receive(0);
+            if frame[12..14] == [8, 6] {
+                break frame;
+            }
+        };
+        assert_eq!(answer[..6], MAC);
+        assert_eq!(answer[20..22], [0, 2]);
+        assert_eq!(answer[28..32], [10, 0, 2, 2]);
+        assert_eq!(answer[32..42], [&MAC[..], &[10, 0, 2, 15]].concat());
+    }
+}

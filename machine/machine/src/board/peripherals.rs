@@ -1,5 +1,6 @@
 //! Devices that the specification adds to a board: virtio over PCI.
 
+use std::error::Error;
 use std::sync::Arc;
 
 use device_model::Doorbells;
@@ -9,6 +10,7 @@ use virtio::console::{Console, ConsoleOptions};
 use virtio::device::VirtioDevice;
 use virtio::rng::Rng;
 use virtio::transport::{PciWiring, VirtioPci};
+use virtio::vsock::Vsock;
 use vm_spec::{BalloonSpec, VmSpec};
 
 use super::{Base, Q35};
@@ -54,6 +56,13 @@ impl Peripherals<'_> {
         if spec.rng {
             let device = Rng::new(None).map_err(|e| MachineError::host("--rng", e))?;
             self.plug("rng".into(), Box::new(device))?;
+        }
+        if let Some(vsock) = &spec.vsock {
+            let device = Vsock::new(vsock.cid, &vsock.path).map_err(|error| {
+                let cause = error.source().map(|cause| format!(": {cause}"));
+                MachineError::Spec(format!("--vsock: {error}{}", cause.unwrap_or_default()))
+            })?;
+            self.plug("vsock".into(), Box::new(device))?;
         }
         Ok(())
     }
