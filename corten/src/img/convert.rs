@@ -1,8 +1,6 @@
 //! `convert`, `dd` and `compare`.
 
-use std::rc::Rc;
-
-use block::{CacheMode, Disk, IoBuf, Scope};
+use block::{CacheMode, IoBuf, Scope};
 use image_formats::copy::{self, Comparison, CopyOptions};
 use image_formats::{Image, ImageOptions, resolve_name};
 
@@ -142,17 +140,8 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         copy::copy(source, &disk, &image, shift, options, &progress.callback()).await?;
         shift += source.size();
     }
-    finish(&disk, &image).await?;
-    progress.finish();
-    Ok(())
-}
-
-/// Closes the target; in the mode that ignores flushes the file is at least complete.
-async fn finish(disk: &Rc<Disk>, image: &Image) -> Outcome {
-    if disk.options().cache == CacheMode::Unsafe {
-        image.backend.flush().await?;
-    }
     disk.close().await?;
+    progress.finish();
     Ok(())
 }
 

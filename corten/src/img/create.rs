@@ -140,7 +140,8 @@ impl ImageSpec {
         options: &ImageOptions,
         open_backing: bool,
     ) -> Result<Image, Failure> {
-        let medium: Rc<dyn Medium> = create_file(name, options.cache.is_direct())?;
+        let medium: Rc<dyn Medium> = create_file(name, options.cache)?;
+        let cache = options.cache;
         let format = if self.raw { "raw" } else { "qcow2" };
         let options = ImageOptions {
             format: Some(format.to_owned()),
@@ -157,7 +158,7 @@ impl ImageSpec {
                 // A data file that is there is kept; one that is not is made.
                 let path = resolve_name(name, data);
                 if !std::path::Path::new(&path).exists() {
-                    create_file(&path, false)?;
+                    create_file(&path, cache)?;
                 }
             }
             let created = qcow2::create(&medium, &opener, &self.qcow2).await;

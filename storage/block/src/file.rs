@@ -29,6 +29,8 @@ pub struct FileOptions {
     pub direct: bool,
     /// The image lock to hold while the file is open.
     pub lock: LockMode,
+    /// Do nothing when asked to flush: quicker, and a power cut may leave anything.
+    pub ignore_flush: bool,
 }
 
 /// A file or block device of the host.
@@ -37,6 +39,7 @@ pub struct HostFile {
     name: Rc<str>,
     length: Cell<u64>,
     writable: bool,
+    ignore_flush: bool,
     block_device: bool,
     /// What direct I/O demands of offsets, lengths and addresses; 1 through the page cache.
     alignment: u32,
@@ -95,6 +98,7 @@ impl HostFile {
             name,
             length: Cell::new(length),
             writable: options.write,
+            ignore_flush: options.ignore_flush,
             block_device,
             alignment,
             writing: RangeLocks::default(),
@@ -121,6 +125,8 @@ impl HostFile {
         let options = FileOptions {
             write: true,
             lock: LockMode::None,
+            // Nobody can open it after a power cut.
+            ignore_flush: true,
             ..FileOptions::default()
         };
         Self::from_descriptor(file, "temporary file".into(), &options)
@@ -423,6 +429,9 @@ impl Medium for HostFile {
 
     fn flush(&self) -> BlockFuture<'_, ()> {
         Box::pin(async move {
+            if self.ignore_flush {
+                return Ok(());
+            }
             loop {
                 let operation = Operation::Sync {
                     file: self.file.clone(),

@@ -162,12 +162,13 @@ async fn open_with_overlay(name: &str, options: &ImageOptions) -> Result<Image> 
 /// # Errors
 ///
 /// One line that names the file.
-pub fn create_file(name: &str, direct: bool) -> Result<Rc<dyn Medium>> {
+pub fn create_file(name: &str, cache: CacheMode) -> Result<Rc<dyn Medium>> {
     let options = FileOptions {
         write: true,
         create: true,
-        direct,
+        direct: cache.is_direct(),
         lock: LockMode::Write,
+        ignore_flush: cache == CacheMode::Unsafe,
         ..FileOptions::default()
     };
     Ok(Rc::new(HostFile::open(&local_path(name)?, &options)?))
@@ -230,6 +231,7 @@ impl Opener {
             write: self.options.write,
             direct: self.options.cache.is_direct(),
             lock,
+            ignore_flush: self.options.cache == CacheMode::Unsafe,
             ..FileOptions::default()
         }
     }

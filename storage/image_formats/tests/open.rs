@@ -17,7 +17,7 @@ async fn make(name: &str, backing: Option<(&str, &str)>) {
         backing_format: backing.map(|b| b.1.to_owned()),
         ..CreateOptions::default()
     };
-    let medium = create_file(name, false).unwrap();
+    let medium = create_file(name, block::CacheMode::Writeback).unwrap();
     create(&medium, &block::Refusing, &options).await.unwrap();
 }
 

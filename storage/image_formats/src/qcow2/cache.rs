@@ -146,6 +146,11 @@ impl<T> Cache<T> {
         self.pieces.borrow_mut().clear();
     }
 
+    /// Whether any piece is dirty.
+    pub(crate) fn has_dirty(&self) -> bool {
+        self.pieces.borrow().values().any(|piece| piece.dirty.get())
+    }
+
     /// All dirty pieces, by ascending key.
     pub(crate) fn dirty(&self) -> Vec<(u64, Rc<Piece<T>>)> {
         let pieces = self.pieces.borrow();

@@ -68,11 +68,11 @@ impl Qcow2 {
         if !self.writable {
             return Ok(());
         }
-        let has_metadata = !self.l2.dirty().is_empty()
+        let has_metadata = self.l2.has_dirty()
             || !self.l1_dirty.borrow().is_empty()
             || !self.to_free.borrow().is_empty()
             || !self.refcounts.table_dirty.borrow().is_empty()
-            || (with_refcounts && !self.refcounts.blocks.dirty().is_empty());
+            || (with_refcounts && self.refcounts.blocks.has_dirty());
         if !has_metadata {
             return self.barrier().await;
         }
