@@ -229,6 +229,12 @@ impl Engine {
     /// An operation of the block has faulted.
     #[cold]
     fn faulted(&mut self, block: &Block) -> Go {
+        self.settle_fault(block);
+        self.deliver()
+    }
+
+    /// Makes RIP and the count of instructions those of the operation that faulted.
+    fn settle_fault(&mut self, block: &Block) {
         let op = self.cpu.fault_op;
         let done = self.index_of(block, op);
         self.cpu.instructions -= u64::from(block.count).saturating_sub(done);
@@ -237,7 +243,24 @@ impl Engine {
             // SAFETY: the operation belongs to the block that was just executed.
             self.cpu.rip = self.cpu.rip_of(unsafe { &*op });
         }
-        self.deliver()
+    }
+
+    /// Executes the block at RIP, or its first instruction alone, and gives what it raises instead of delivering it.
+    #[cfg(test)]
+    pub(crate) fn run_uncaught(&mut self, single: bool) -> Option<Exception> {
+        let step = if single { Mode::STEP } else { Mode::empty() };
+        let Ok(block) = self.find(self.cpu.mode | step) else {
+            return Some(self.cpu.exception);
+        };
+        // SAFETY: `find` gives a live block.
+        let this = unsafe { &*block };
+        let flow = self.execute(this);
+        self.cpu.leave_block = false;
+        if flow != Flow::Fault {
+            return None;
+        }
+        self.settle_fault(this);
+        Some(self.cpu.exception)
     }
 
     /// Delivers `Cpu::exception`.

@@ -37,7 +37,9 @@ pub(crate) struct Decoded {
 /// Decodes a block from bytes, of which there may be more in the next page when `more`. Appends the operations and one that
 /// ends the block.
 pub(crate) fn decode(bytes: &[u8], more: bool, mode: Mode, ops: &mut Vec<Op>) -> Decoded {
-    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, 0, DecoderOptions::NONE);
+    // What is reserved for hints (MPX, CET, CLDEMOTE and all that may come) does nothing here.
+    let options = DecoderOptions::FORCE_RESERVED_NOP;
+    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, 0, options);
     let most = if mode.contains(Mode::STEP) {
         1
     } else {
@@ -171,7 +173,8 @@ fn place(register: Register) -> u8 {
         Register::AH | Register::CH | Register::DH | Register::BH => {
             gpr(register as usize - Register::AH as usize) + 1
         }
-        r if r.is_gpr() => gpr(r.number()),
+        // The numbers of byte registers are other than those of the registers that they are part of.
+        r if r.is_gpr() => gpr(r.full_register().number()),
         r => r.number() as u8,
     }
 }
@@ -243,12 +246,18 @@ fn segment_and_kind(i: &Instruction, bits: u32, segment: Register, mode: Mode) -
         let kind = if bits == 64 { Ea::Flat64 } else { Ea::Long32 };
         let seg = match segment {
             Register::FS | Register::GS => number as u8,
-            Register::SS => FLAT_STACK,
+            // Prefixes that name another segment do not count: the base register alone makes a stack access.
+            _ if matches!(
+                i.memory_base(),
+                Register::RSP | Register::RBP | Register::ESP | Register::EBP
+            ) =>
+            {
+                FLAT_STACK
+            }
             _ => FLAT,
         };
         return (seg, kind);
     }
-    let _ = i;
     let kind = match bits {
         16 => Ea::Seg16,
         _ if mode.contains(Mode::FLAT) && [ES, SS, DS].contains(&number) => Ea::Flat32,

@@ -371,8 +371,9 @@ impl Cpu {
 
     /// Faults if an access of `size` bytes would.
     pub(crate) fn probe(&mut self, linear: u64, size: u64, access: Access, seg: u8) -> Result<()> {
-        self.map_for(linear, access, seg, Privilege::Current)?;
         let last = self.wrap_linear(linear.wrapping_add(size - 1));
+        self.check_canonical(last, seg)?;
+        self.map_for(linear, access, seg, Privilege::Current)?;
         if (linear ^ last) >> 12 != 0 {
             self.map_for(last & !0xfff, access, seg, Privilege::Current)?;
         }
@@ -397,11 +398,19 @@ impl Cpu {
         seg: u8,
         privilege: Privilege,
     ) -> Result<Mapping> {
+        self.check_canonical(linear, seg)?;
+        self.translate(linear, access, privilege)
+    }
+
+    /// #GP or #SS for an address that is not canonical. An access is checked at its last byte first: that goes before page
+    /// faults of its first.
+    #[inline]
+    fn check_canonical(&mut self, linear: u64, seg: u8) -> Result<()> {
         if self.mode.is_64bit() && !canonical(linear) {
             let stack = seg == FLAT_STACK || usize::from(seg) == SS;
             return Err(if stack { self.ss(0) } else { self.gp(0) });
         }
-        self.translate(linear, access, privilege)
+        Ok(())
     }
 
     #[cold]
@@ -425,6 +434,8 @@ impl Cpu {
         let len = to.len() as u64;
         let mut at = linear;
         let mut to = to;
+        let last = linear.wrapping_add(to.len().saturating_sub(1) as u64);
+        self.check_canonical(self.wrap_linear(last), seg)?;
         while !to.is_empty() {
             let n = to.len().min(0x1000 - (at & 0xfff) as usize);
             let mapping = self.map_for(at, Access::Read, seg, privilege)?;
@@ -446,11 +457,13 @@ impl Cpu {
 
     fn copy_out(&mut self, linear: u64, from: &[u8], seg: u8, privilege: Privilege) -> Result<()> {
         let mut at = linear;
+        let last = linear.wrapping_add(from.len().saturating_sub(1) as u64);
+        self.check_canonical(self.wrap_linear(last), seg)?;
         // All pages must be writable before the first byte changes. Walks can't undo one another's mappings.
         let pages = ((linear & 0xfff) + from.len() as u64).div_ceil(0x1000);
-        for _ in 1..pages {
-            at = self.wrap_linear((at & !0xfff).wrapping_add(0x1000));
+        for _ in 0..pages {
             self.map_for(at, Access::Write, seg, privilege)?;
+            at = self.wrap_linear((at & !0xfff).wrapping_add(0x1000));
         }
         at = linear;
         let len = from.len() as u64;

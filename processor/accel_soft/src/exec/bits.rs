@@ -63,7 +63,7 @@ pub(crate) fn bit_memory<T: Arith, const KIND: u8, const IMMEDIATE: bool, const 
         (op.imm as u32 & (T::BITS - 1), linear)
     } else {
         let number = cpu.reg_a::<T>(op).sign_extend();
-        let away = (number >> T::BITS.trailing_zeros()) as u64 * size;
+        let away = ((number >> T::BITS.trailing_zeros()) as u64).wrapping_mul(size);
         let mask = super::string::address_mask(op.ea());
         let offset = cpu.ea(op).wrapping_add(away) & mask;
         let linear = match op.ea() {

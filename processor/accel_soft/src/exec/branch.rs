@@ -67,9 +67,10 @@ pub(crate) fn jmp_m<T: Value>(cpu: &mut Cpu, op: *const Op) -> Flow {
 }
 
 fn call_to<T: Value>(cpu: &mut Cpu, op: &Op, to: u64) -> Result<()> {
-    check(cpu, to)?;
-    let back = cpu.next_rip(op);
+    let (back, rsp) = (cpu.next_rip(op), cpu.regs[RSP]);
     cpu.push(T::from_u64(back))?;
+    // Processors look at the target only after they have written the return address.
+    check(cpu, to).inspect_err(|_| cpu.regs[RSP] = rsp)?;
     cpu.rip = to;
     Ok(())
 }

@@ -110,10 +110,11 @@ fn lods<T: Arith>(cpu: &mut Cpu, op: &Op) -> Result<()> {
 
 fn cmps<T: Arith>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let (size, by, mask) = (size_of::<T>() as u64, step::<T>(cpu), address_mask(op.ea()));
-    let from = source(cpu, op, size)?;
-    let a: T = cpu.load_in(from, op.seg)?;
+    // Processors look at ES:rDI first.
     let to = destination(cpu, op, size, Access::Read)?;
     let b: T = cpu.load(to)?;
+    let from = source(cpu, op, size)?;
+    let a: T = cpu.load_in(from, op.seg)?;
     cpu.status = a.sub(b).1;
     bump(cpu, RSI, by, mask);
     bump(cpu, RDI, by, mask);
@@ -258,6 +259,7 @@ fn one<T: Arith, const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Result<()> {
 fn repeated<T: Arith, const KIND: u8, const EQUAL: bool>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let mask = address_mask(op.ea());
     let mut budget = STRETCH;
+    let before = cpu.status;
     loop {
         let left = cpu.regs[RCX] & mask;
         if left == 0 {
@@ -269,7 +271,11 @@ fn repeated<T: Arith, const KIND: u8, const EQUAL: bool>(cpu: &mut Cpu, op: &Op)
             _ => 0,
         };
         let n = if stretch == 0 {
-            one::<T, KIND>(cpu, op)?;
+            if let Err(fault) = one::<T, KIND>(cpu, op) {
+                // A fault finds the flags as they were before the instruction, whatever has been compared.
+                cpu.status = before;
+                return Err(fault);
+            }
             1
         } else {
             stretch

@@ -77,7 +77,7 @@ pub(crate) fn lookup(instruction: &Instruction, op: &mut Op) -> Option<(Handler,
     {
         return None;
     }
-    mmx::lookup(instruction)
+    mmx::lookup(instruction, op)
         .or_else(|| moves::lookup(instruction))
         .or_else(|| elements::lookup(instruction, op))
         .or_else(|| gather::lookup(instruction, op))

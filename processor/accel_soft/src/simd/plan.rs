@@ -106,7 +106,7 @@ static PLANS: LazyLock<Mutex<HashMap<Key, &'static Plan>>> = LazyLock::new(Mutex
 impl Plan {
     /// The plan for an instruction of the stub tables.
     pub(crate) fn for_instruction(instruction: &Instruction) -> Option<&'static Self> {
-        let table = entry(instruction.mnemonic())?;
+        let table = entry(instruction)?;
         let imm = immediate(instruction);
         let key = (instruction.code(), imm, sources(instruction, &table));
         if let Some(plan) = PLANS.lock().get(&key) {

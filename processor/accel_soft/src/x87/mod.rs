@@ -136,8 +136,6 @@ fn save<const N: usize>(cpu: &mut Cpu, op: &Op) -> Result<()> {
                 )?;
             }
         }
-    } else {
-        cpu.probe(linear, N as u64, Access::Write, op.seg)?;
     }
     cpu.x87 = unit;
     note_pointers(cpu, op);
