@@ -17,6 +17,8 @@ pub(crate) struct Case {
     pub(crate) state: State,
     /// Memory to set before: address and bytes.
     pub(crate) memory: Vec<(u64, Vec<u8>)>,
+    /// Code size: 64 or 32.
+    pub(crate) bits: u32,
 }
 
 /// Where the code of a case begins: far enough from the ends for every short branch.
@@ -32,6 +34,8 @@ struct Maker<'a> {
     memory: Vec<(u64, Vec<u8>)>,
     /// Data addresses in registers may not change any more: a later instruction of a sequence.
     bases: bool,
+    /// 64 or 32.
+    bits: u32,
 }
 
 /// Random registers, all legal.
@@ -90,8 +94,12 @@ pub(crate) fn random_state(random: &mut Random) -> State {
 }
 
 /// A case of one instruction, or `None` when the form can't be encoded with what was drawn.
-pub(crate) fn single(random: &mut Random, code: Code) -> Option<Case> {
-    let state = random_state(random);
+pub(crate) fn single(random: &mut Random, code: Code, bits: u32) -> Option<Case> {
+    let mut state = random_state(random);
+    if bits == 32 {
+        // The upper halves and registers are not there.
+        state.gpr.iter_mut().for_each(|r| *r &= 0xffff_ffff);
+    }
     let mut maker = Maker {
         random,
         state,
@@ -99,15 +107,22 @@ pub(crate) fn single(random: &mut Random, code: Code) -> Option<Case> {
         fixed_vector: None,
         memory: Vec::new(),
         bases: false,
+        bits,
     };
     let instruction = maker.instruction(code, START)?;
-    let bytes = encode(&instruction, START)?;
-    let Maker { state, memory, .. } = maker;
+    let bytes = encode(&instruction, START, bits)?;
+    let Maker {
+        mut state, memory, ..
+    } = maker;
+    if bits == 32 {
+        state.gpr.iter_mut().for_each(|r| *r &= 0xffff_ffff);
+    }
     Some(Case {
         instructions: vec![instruction],
         bytes,
         state,
         memory,
+        bits,
     })
 }
 
@@ -131,6 +146,7 @@ pub(crate) fn sequence(
         fixed_vector: None,
         memory: Vec::new(),
         bases: true,
+        bits: 64,
     };
     let mut bytes = Vec::new();
     let mut instructions = Vec::new();
@@ -148,7 +164,7 @@ pub(crate) fn sequence(
         if !keeps_bases(&instruction) || !suits(&instruction) {
             continue;
         }
-        let Some(mut encoded) = encode(&instruction, at) else {
+        let Some(mut encoded) = encode(&instruction, at, 64) else {
             continue;
         };
         bytes.append(&mut encoded);
@@ -160,6 +176,7 @@ pub(crate) fn sequence(
         bytes,
         state,
         memory,
+        bits: 64,
     })
 }
 
@@ -185,8 +202,8 @@ fn keeps_bases(instruction: &Instruction) -> bool {
     })
 }
 
-fn encode(instruction: &Instruction, at: u64) -> Option<Vec<u8>> {
-    let mut encoder = Encoder::new(64);
+fn encode(instruction: &Instruction, at: u64, bits: u32) -> Option<Vec<u8>> {
+    let mut encoder = Encoder::new(bits);
     encoder.encode(instruction, at).ok()?;
     Some(encoder.take_buffer())
 }
@@ -236,7 +253,7 @@ impl Maker<'_> {
     }
 
     fn gpr(&mut self) -> usize {
-        self.random.below(16) as usize
+        self.random.below(if self.bits == 64 { 16 } else { 8 }) as usize
     }
 
     fn operand(
@@ -271,7 +288,10 @@ impl Maker<'_> {
                 return self.memory(instruction, i, kind, at, memory);
             }
             K::r8_or_mem | K::r8_reg | K::r8_opcode => {
-                let all: Vec<Register> = Register::values().filter(|r| r.is_gpr8()).collect();
+                let legacy = |r: &Register| (*r as u32) < Register::SPL as u32;
+                let all: Vec<Register> = Register::values()
+                    .filter(|r| r.is_gpr8() && (self.bits == 64 || legacy(r)))
+                    .collect();
                 self.random.pick(&all)
             }
             K::r16_or_mem | K::r16_reg | K::r16_rm | K::r16_opcode => Register::AX + number as u32,
@@ -315,6 +335,11 @@ impl Maker<'_> {
             K::imm32 => (OpKind::Immediate32, value & 0xffff_ffff),
             K::imm32sex64 => (OpKind::Immediate32to64, value as i32 as u64),
             K::imm64 => (OpKind::Immediate64, value),
+            K::br32_1 | K::br32_4 => {
+                instruction.set_op_kind(i, OpKind::NearBranch32);
+                instruction.set_near_branch32((at + 16 + self.random.below(100)) as u32);
+                return Some(());
+            }
             K::br64_1 | K::br64_4 => {
                 instruction.set_op_kind(i, OpKind::NearBranch64);
                 // Inside the page, past the instruction itself.
@@ -322,13 +347,14 @@ impl Maker<'_> {
                 return Some(());
             }
             K::seg_rSI | K::es_rDI | K::seg_rDI => {
-                let short = self.random.one_in(8) && kind != K::seg_rDI;
+                let short = self.bits == 32 || self.random.one_in(8) && kind != K::seg_rDI;
                 let operand = match (kind, short) {
                     (K::seg_rSI, false) => OpKind::MemorySegRSI,
                     (K::seg_rSI, true) => OpKind::MemorySegESI,
                     (K::es_rDI, false) => OpKind::MemoryESRDI,
                     (K::es_rDI, true) => OpKind::MemoryESEDI,
-                    _ => OpKind::MemorySegRDI,
+                    (_, false) => OpKind::MemorySegRDI,
+                    (_, true) => OpKind::MemorySegEDI,
                 };
                 let register = if kind == K::seg_rSI { 6 } else { 7 };
                 let size = instruction.memory_size().size() as u64;
@@ -342,7 +368,12 @@ impl Maker<'_> {
                 let al = self.state.gpr[0] & 0xff;
                 self.set_gpr(3, target.wrapping_sub(al));
                 instruction.set_op_kind(i, OpKind::Memory);
-                instruction.set_memory_base(Register::RBX);
+                let base = if self.bits == 64 {
+                    Register::RBX
+                } else {
+                    Register::EBX
+                };
+                instruction.set_memory_base(base);
                 instruction.set_memory_index(Register::AL);
                 return Some(());
             }
@@ -436,8 +467,12 @@ impl Maker<'_> {
         }
         let target = self.target(size, false);
         if kind == K::mem_offs {
-            instruction.set_memory_displ_size(8);
+            instruction.set_memory_displ_size(self.bits / 8);
             instruction.set_memory_displacement64(target);
+            return Some(());
+        }
+        if self.bits == 32 {
+            self.memory_32(instruction, target);
             return Some(());
         }
         let low = target < 1 << 32;
@@ -466,6 +501,32 @@ impl Maker<'_> {
             _ => {}
         }
         Some(())
+    }
+
+    /// Addressing outside 64-bit mode. What 16 bits can address is not mapped, and faults.
+    fn memory_32(&mut self, instruction: &mut Instruction, target: u64) {
+        match self.random.below(12) {
+            0 => {
+                let base =
+                    self.random
+                        .pick(&[Register::BX, Register::BP, Register::SI, Register::DI]);
+                instruction.set_memory_base(base);
+                if matches!(base, Register::BX | Register::BP) && self.random.one_in(2) {
+                    instruction.set_memory_index(self.random.pick(&[Register::SI, Register::DI]));
+                }
+                instruction.set_memory_displacement64(self.random.next() & 0xffff);
+                instruction.set_memory_displ_size(2);
+            }
+            1 | 2 => {
+                instruction.set_memory_displacement64(target & 0xffff_ffff);
+                instruction.set_memory_displ_size(4);
+            }
+            _ => self.base_index(instruction, target, true),
+        }
+        if self.random.one_in(12) {
+            let segments = [Register::DS, Register::ES, Register::CS, Register::SS];
+            instruction.set_segment_prefix(self.random.pick(&segments));
+        }
     }
 
     /// Base, perhaps index and displacement, 32 bits wide when `short`.
@@ -533,7 +594,12 @@ impl Maker<'_> {
         let index = self.gpr();
         let long = matches!(kind, K::mem_vsib64x | K::mem_vsib64y);
         instruction.set_op_kind(i, OpKind::Memory);
-        instruction.set_memory_base(GPR64[base]);
+        let long_mode = self.bits == 64;
+        instruction.set_memory_base(if long_mode {
+            GPR64[base]
+        } else {
+            Register::EAX + base as u32
+        });
         instruction.set_memory_index(first + index as u32);
         let scale = 1_u32 << self.random.below(4);
         instruction.set_memory_index_scale(scale);
@@ -624,7 +690,7 @@ impl Maker<'_> {
                 }
             }
             M::Jmp | M::Call => {
-                let target = if self.random.one_in(8) {
+                let target = if self.random.one_in(8) && self.bits == 64 {
                     1 << 47
                 } else {
                     START + 64 + self.random.below(64)

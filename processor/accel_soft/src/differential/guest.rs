@@ -87,6 +87,25 @@ impl Guest {
         guest
     }
 
+    /// 64-bit or compatibility mode.
+    fn set_mode(&mut self, bits: u32) {
+        let (selector, attributes) = if bits == 64 {
+            (0x33, 0xa0fb)
+        } else {
+            (0x23, 0xc0fb)
+        };
+        let cpu = &mut self.engine.cpu;
+        if cpu.segments[CS].selector != selector {
+            cpu.segments[CS] = Segment {
+                selector,
+                base: 0,
+                limit: u32::MAX,
+                attributes,
+            };
+            cpu.update_mode();
+        }
+    }
+
     fn physical(address: u64) -> u64 {
         match address {
             a if a >= STACK => STACK_AT + (a - STACK),
@@ -124,13 +143,28 @@ impl Guest {
     pub(crate) fn run(
         &mut self,
         state: &mut State,
+        bits: u32,
         stops: impl Fn(u64) -> bool,
         single: bool,
     ) -> End {
+        self.set_mode(bits);
         self.load(state);
         let end = self.execute(stops, single);
         self.save(state);
         end
+    }
+
+    /// Runs one block from a state, for its time.
+    pub(crate) fn run_block(&mut self, state: &State) {
+        self.engine.cpu.regs[7] = state.gpr[7];
+        if self.engine.cpu.vectors.mxcsr != state.mxcsr
+            || self.engine.cpu.x87.tags != state.x87.tags
+        {
+            self.load(state);
+        }
+        self.engine.cpu.rip = state.rip;
+        let raised = self.engine.run_uncaught(false);
+        assert_eq!(raised, None);
     }
 
     fn load(&mut self, state: &State) {

@@ -25,6 +25,9 @@ pub(crate) const STACK: u64 = 0x3200_0000;
 pub(crate) const STACK_SIZE: u64 = 0x2000;
 /// Where the test writes the code.
 const CODE_WINDOW: u64 = 0x2e00_0000;
+/// Linux's selectors of 32-bit and 64-bit user code.
+const COMPATIBILITY_CS: u64 = 0x23;
+const LONG_CS: i64 = 0x33;
 /// The page that the trampoline finds its target in.
 const CONTROL: u64 = 0x2f00_0000;
 
@@ -189,14 +192,19 @@ impl Native {
     }
 
     /// Executes from `state.rip` until a trap or fault.
-    pub(crate) fn run(&mut self, state: &mut State) -> End {
+    pub(crate) fn run(&mut self, state: &mut State, bits: u32) -> End {
         let entry = entry_of(state);
         // SAFETY: the control page is ours; the trampoline saves what it must and the handler comes back to it; the code
         // under test can reach only what a user program can, and is generated to touch the test's pages alone.
         unsafe {
             *(CONTROL as *mut u64) = state.rip;
+            *((CONTROL + 8) as *mut u64) = state.rip | COMPATIBILITY_CS << 32;
             RUNNING.store(true, Ordering::SeqCst);
-            enter(&raw const entry, HOST_RSP.0.get());
+            if bits == 64 {
+                enter(&raw const entry, HOST_RSP.0.get());
+            } else {
+                enter_32(&raw const entry, HOST_RSP.0.get());
+            }
             RUNNING.store(false, Ordering::SeqCst);
             leave(&*EXIT.0.get(), state)
         }
@@ -328,6 +336,44 @@ unsafe extern "C" fn enter(_: *const Entry, _: *mut u64) {
     )
 }
 
+/// As [`enter`], but jumps to 32-bit code. Data segments are set to the flat one, which 64-bit code does not look at.
+#[unsafe(naked)]
+unsafe extern "C" fn enter_32(_: *const Entry, _: *mut u64) {
+    naked_asm!(
+        "push rbx",
+        "push rbp",
+        "push r12",
+        "push r13",
+        "push r14",
+        "push r15",
+        "mov [rsi], rsp",
+        "mov eax, 0x2b",
+        "mov ds, eax",
+        "mov es, eax",
+        "fxrstor64 [rdi]",
+        "vmovdqa ymm0, [rdi + 512]",
+        "vmovdqa ymm1, [rdi + 544]",
+        "vmovdqa ymm2, [rdi + 576]",
+        "vmovdqa ymm3, [rdi + 608]",
+        "vmovdqa ymm4, [rdi + 640]",
+        "vmovdqa ymm5, [rdi + 672]",
+        "vmovdqa ymm6, [rdi + 704]",
+        "vmovdqa ymm7, [rdi + 736]",
+        "push qword ptr [rdi + 1152]",
+        "popfq",
+        "mov rax, [rdi + 1024]",
+        "mov rcx, [rdi + 1032]",
+        "mov rdx, [rdi + 1040]",
+        "mov rbx, [rdi + 1048]",
+        "mov rsp, [rdi + 1056]",
+        "mov rbp, [rdi + 1064]",
+        "mov rsi, [rdi + 1072]",
+        "mov rdi, [rdi + 1080]",
+        // JMP FAR [CONTROL + 8].
+        ".byte 0xff, 0x2c, 0x25, 0x08, 0x00, 0x00, 0x2f",
+    )
+}
+
 /// Where the handler goes on: returns from [`enter`].
 #[unsafe(naked)]
 unsafe extern "C" fn landing() {
@@ -409,5 +455,7 @@ extern "C" fn handler(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::
         registers[libc::REG_RIP as usize] = landing as *const () as i64;
         registers[libc::REG_RSP as usize] = *HOST_RSP.0.get() as i64;
         registers[libc::REG_EFL as usize] = 0x202;
+        let selectors = &mut registers[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xffff | LONG_CS;
     }
 }

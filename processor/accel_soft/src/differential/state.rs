@@ -31,15 +31,20 @@ pub(crate) const FLAGS: u64 = 0x0024_0cd5;
 
 impl State {
     /// What differs between the host's result and ours, one line each; empty when nothing does. `undefined` flags do not count.
-    pub(crate) fn differences(&self, ours: &Self, undefined: u64) -> String {
+    pub(crate) fn differences(&self, ours: &Self, undefined: u64, bits: u32) -> String {
         let mut out = String::new();
-        for (i, name) in GPR.iter().enumerate() {
-            line(&mut out, name, self.gpr[i], ours.gpr[i]);
+        let (count, whole) = if bits == 64 {
+            (16, u64::MAX)
+        } else {
+            (8, 0xffff_ffff)
+        };
+        for (i, name) in GPR[..count].iter().enumerate() {
+            line(&mut out, name, self.gpr[i] & whole, ours.gpr[i] & whole);
         }
         line(&mut out, "rip", self.rip, ours.rip);
         let mask = FLAGS & !undefined;
         line(&mut out, "rflags", self.rflags & mask, ours.rflags & mask);
-        for i in 0..16 {
+        for i in 0..count {
             line128(
                 &mut out,
                 &format!("ymm{i}.low"),

@@ -96,6 +96,10 @@ fn linear(cpu: &mut Cpu, op: &Op, sum: u64, size: u64) -> Result<u64> {
 /// VMASKMOV and VPMASKMOV from memory: elements whose mask is clear are zero and are not read.
 fn load_masked<const DATA: u32, const WIDTH: u32>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let mask = cpu.vectors.ymm[usize::from(op.b & 15)];
+    if (0..WIDTH / DATA).all(|i| lane(&mask, DATA, i) >> (DATA - 1) == 0) {
+        cpu.vectors.ymm[usize::from(op.a & 15)] = [0; 2];
+        return Ok(());
+    }
     let linear = cpu.linear_op(op, u64::from(WIDTH / 8), Access::Read)?;
     let mut result = [0; 2];
     for i in 0..WIDTH / DATA {
@@ -118,8 +122,12 @@ fn load_masked<const DATA: u32, const WIDTH: u32>(cpu: &mut Cpu, op: &Op) -> Res
 fn store_masked<const DATA: u32, const WIDTH: u32>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let mask = cpu.vectors.ymm[usize::from(op.a & 15)];
     let value = cpu.vectors.ymm[usize::from(op.b & 15)];
-    let linear = cpu.linear_op(op, u64::from(WIDTH / 8), Access::Write)?;
     let chosen = || (0..WIDTH / DATA).filter(|i| lane(&mask, DATA, *i) >> (DATA - 1) != 0);
+    if chosen().next().is_none() {
+        // Not even the address is looked at.
+        return Ok(());
+    }
+    let linear = cpu.linear_op(op, u64::from(WIDTH / 8), Access::Write)?;
     let at = |i: u32| linear.wrapping_add(u64::from(i * DATA / 8));
     for i in chosen() {
         cpu.probe(at(i), u64::from(DATA / 8), Access::Write, op.seg)?;

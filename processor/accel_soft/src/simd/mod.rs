@@ -14,6 +14,7 @@
 mod call;
 mod elements;
 mod execute;
+mod fast;
 mod gather;
 mod host;
 mod mmx;
@@ -88,5 +89,9 @@ pub(crate) fn lookup(instruction: &Instruction, op: &mut Op) -> Option<(Handler,
 fn by_plan(instruction: &Instruction, op: &mut Op) -> Option<(Handler, Unit)> {
     let plan = plan::Plan::for_instruction(instruction)?;
     plan.keep_in(op);
-    Some((handler(execute::by_plan), plan.unit()))
+    let fast = fast::choose(plan, instruction.encoding());
+    Some((
+        fast.unwrap_or_else(|| handler(execute::by_plan)),
+        plan.unit(),
+    ))
 }
