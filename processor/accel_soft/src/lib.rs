@@ -20,6 +20,8 @@
 pub mod apic;
 mod block;
 mod cpu;
+#[cfg(test)]
+mod differential;
 mod exec;
 mod mmu;
 mod run;

@@ -7,7 +7,8 @@ use super::Unit;
 use super::call::{MXCSR_FLAGS, Operands, Vector, call_float};
 use super::execute::store;
 use super::plan::{Plan, register};
-use crate::cpu::{Access, Cpu, Handler, Op, Result, instruction as handler};
+use crate::cpu::{Access, Cpu, Handler, Op, RegisterFile, Result, instruction as handler};
+use x86_defs::state::RDI;
 
 /// MXCSR bits that can be set.
 pub(crate) const MXCSR_MASK: u32 = 0xffff;
@@ -83,10 +84,9 @@ fn store_half_precision(cpu: &mut Cpu, op: &Op) -> Result<()> {
         cpu.vectors.mxcsr |= raised;
         return Err(cpu.simd_exception());
     }
-    // A store that faults leaves MXCSR as it was.
-    store(cpu, op, if plan.wide { 16 } else { 8 }, false, &operands.a)?;
+    // Processors set the flags also when the store faults.
     cpu.vectors.mxcsr |= raised;
-    Ok(())
+    store(cpu, op, if plan.wide { 16 } else { 8 }, false, &operands.a)
 }
 
 fn load_mxcsr(cpu: &mut Cpu, op: &Op) -> Result<()> {
@@ -175,7 +175,10 @@ pub(crate) fn lookup(instruction: &Instruction, op: &mut Op) -> Option<(Handler,
         M::Stmxcsr | M::Vstmxcsr => handler(store_mxcsr),
         M::Vzeroupper => handler(zero_upper),
         M::Vzeroall => handler(zero_all),
-        M::Maskmovdqu | M::Vmaskmovdqu => handler(masked_bytes),
+        M::Maskmovdqu | M::Vmaskmovdqu => {
+            op.base = RegisterFile::offset(RDI);
+            handler(masked_bytes)
+        }
         M::Movnti if register(instruction, 1).is_gpr64() => {
             return Some((handler(store_general::<true>), Unit::Own));
         }

@@ -21,10 +21,15 @@ pub(crate) fn by_plan(cpu: &mut Cpu, op: &Op) -> Result<()> {
     // SAFETY: this handler is only given to operations that `keep_in` has prepared.
     let plan = unsafe { Plan::of(op) };
     let mut operands = Operands::default();
-    if plan.width == Width::Mm || plan.second == Bank::Mm || plan.destination == Bank::Mm {
+    let mmx = plan.width == Width::Mm || plan.second == Bank::Mm || plan.destination == Bank::Mm;
+    if mmx {
         cpu.check_pending_x87()?;
     }
     operands.b = second(cpu, op, plan)?;
+    if mmx {
+        // This stays when the instruction then raises a floating-point exception.
+        cpu.enter_mmx();
+    }
     operands.rax = operands.b.0[0] as u64;
     operands.a = vector_source(cpu, op, plan, plan.sources[0]);
     if plan.sources[2] != Source::None {
@@ -64,6 +69,8 @@ fn float(cpu: &mut Cpu, plan: &Plan, operands: &mut Operands) -> Result<()> {
         return Ok(());
     }
     // What is found before the operation keeps it from being carried out, so that nothing else is found.
+    // (With overflow or underflow unmasked the processor tells apart whether a result of unlimited exponent is inexact; here
+    // the flag is that of the masked response.)
     let noted = if unmasked & BEFORE == 0 {
         raised
     } else {
@@ -108,9 +115,6 @@ fn finish(cpu: &mut Cpu, op: &Op, plan: &Plan, operands: &Operands) {
                 Width::Legacy | Width::Mm => register[0] = operands.a.0[0],
             }
         }
-    }
-    if plan.width == Width::Mm || plan.second == Bank::Mm || plan.destination == Bank::Mm {
-        cpu.enter_mmx();
     }
 }
 
@@ -162,10 +166,14 @@ pub(crate) fn memory(cpu: &mut Cpu, op: &Op, size: u8, aligned: bool) -> Result<
         2 => u128::from(cpu.load_in::<u16>(linear, op.seg)?).into(),
         4 => u128::from(cpu.load_in::<u32>(linear, op.seg)?).into(),
         8 => u128::from(cpu.load_in::<u64>(linear, op.seg)?).into(),
-        32 => Vector([
-            cpu.load_in(linear, op.seg)?,
-            cpu.load_in(linear.wrapping_add(16), op.seg)?,
-        ]),
+        32 => {
+            if linear & 0xfff > 0x1000 - 32 {
+                // The last byte decides first whether the address is canonical.
+                cpu.probe(linear, 32, Access::Read, op.seg)?;
+            }
+            let low = cpu.load_in(linear, op.seg)?;
+            Vector([low, cpu.load_in(linear.wrapping_add(16), op.seg)?])
+        }
         _ => cpu.load_in::<u128>(linear, op.seg)?.into(),
     })
 }

@@ -34,22 +34,21 @@ fn gather<const DATA: u32, const INDEX: u32, const WIDTH: u32>(
         usize::from(op.index & 15),
     );
     let elements = WIDTH / if DATA > INDEX { DATA } else { INDEX };
-    // The mask's elements are spread to all their bits first.
-    for i in 0..elements {
-        let sign = lane(&cpu.vectors.ymm[mask], DATA, i) >> (DATA - 1) != 0;
+    let indices = cpu.vectors.ymm[index];
+    let before = cpu.vectors.ymm[mask];
+    let chosen = |i: &u32| lane(&before, DATA, *i) >> (DATA - 1) != 0;
+    let base: u64 = cpu.regs.get(op.base);
+    // The mask's elements are spread to all their bits, also when the first load faults.
+    for i in 0..WIDTH / DATA {
         set_lane(
             &mut cpu.vectors.ymm[mask],
             DATA,
             i,
-            if sign { u64::MAX } else { 0 },
+            if chosen(&i) { u64::MAX } else { 0 },
         );
     }
-    let indices = cpu.vectors.ymm[index];
-    let base: u64 = cpu.regs.get(op.base);
-    for i in 0..elements {
-        if lane(&cpu.vectors.ymm[mask], DATA, i) == 0 {
-            continue;
-        }
+    clear_above(&mut cpu.vectors.ymm[mask], WIDTH);
+    for i in (0..elements).filter(chosen) {
         let index = lane(&indices, INDEX, i);
         let index = if INDEX == 32 {
             index as u32 as i32 as u64
@@ -65,20 +64,23 @@ fn gather<const DATA: u32, const INDEX: u32, const WIDTH: u32>(
         } else {
             cpu.load_in::<u64>(linear, op.seg)?
         };
+        clear_above(&mut cpu.vectors.ymm[destination], WIDTH);
         set_lane(&mut cpu.vectors.ymm[destination], DATA, i, value);
         set_lane(&mut cpu.vectors.ymm[mask], DATA, i, 0);
     }
+    clear_above(&mut cpu.vectors.ymm[destination], elements * DATA);
     cpu.vectors.ymm[mask] = [0; 2];
-    // What lies above the elements becomes zero.
-    let bits = elements * DATA;
-    let register = &mut cpu.vectors.ymm[destination];
+    Ok(())
+}
+
+/// Clears a register from this bit (64, 128 or 256) on.
+fn clear_above(register: &mut [u128; 2], bits: u32) {
     if bits == 64 {
         register[0] &= u128::from(u64::MAX);
     }
     if bits <= 128 {
         register[1] = 0;
     }
-    Ok(())
 }
 
 fn linear(cpu: &mut Cpu, op: &Op, sum: u64, size: u64) -> Result<u64> {
@@ -94,6 +96,10 @@ fn linear(cpu: &mut Cpu, op: &Op, sum: u64, size: u64) -> Result<u64> {
 /// VMASKMOV and VPMASKMOV from memory: elements whose mask is clear are zero and are not read.
 fn load_masked<const DATA: u32, const WIDTH: u32>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let mask = cpu.vectors.ymm[usize::from(op.b & 15)];
+    if (0..WIDTH / DATA).all(|i| lane(&mask, DATA, i) >> (DATA - 1) == 0) {
+        cpu.vectors.ymm[usize::from(op.a & 15)] = [0; 2];
+        return Ok(());
+    }
     let linear = cpu.linear_op(op, u64::from(WIDTH / 8), Access::Read)?;
     let mut result = [0; 2];
     for i in 0..WIDTH / DATA {
@@ -116,8 +122,12 @@ fn load_masked<const DATA: u32, const WIDTH: u32>(cpu: &mut Cpu, op: &Op) -> Res
 fn store_masked<const DATA: u32, const WIDTH: u32>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let mask = cpu.vectors.ymm[usize::from(op.a & 15)];
     let value = cpu.vectors.ymm[usize::from(op.b & 15)];
-    let linear = cpu.linear_op(op, u64::from(WIDTH / 8), Access::Write)?;
     let chosen = || (0..WIDTH / DATA).filter(|i| lane(&mask, DATA, *i) >> (DATA - 1) != 0);
+    if chosen().next().is_none() {
+        // Not even the address is looked at.
+        return Ok(());
+    }
+    let linear = cpu.linear_op(op, u64::from(WIDTH / 8), Access::Write)?;
     let at = |i: u32| linear.wrapping_add(u64::from(i * DATA / 8));
     for i in chosen() {
         cpu.probe(at(i), u64::from(DATA / 8), Access::Write, op.seg)?;

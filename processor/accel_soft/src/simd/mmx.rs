@@ -5,7 +5,8 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind};
 use super::Unit;
 use super::elements::store_masked_bytes;
 use super::plan::register;
-use crate::cpu::{Cpu, Handler, Op, Result, instruction as handler};
+use crate::cpu::{Cpu, Handler, Op, RegisterFile, Result, instruction as handler};
+use x86_defs::state::RDI;
 
 impl Cpu {
     /// MMn.
@@ -29,6 +30,13 @@ impl Cpu {
     }
 }
 
+/// What comes before an MMX instruction that has read its operands.
+fn begin(cpu: &mut Cpu) -> Result<()> {
+    cpu.check_pending_x87()?;
+    cpu.enter_mmx();
+    Ok(())
+}
+
 /// Bytes moved, both ways, by MOVD (4) and MOVQ (8).
 fn load<const N: u8>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     cpu.check_pending_x87()?;
@@ -38,13 +46,15 @@ fn load<const N: u8>(cpu: &mut Cpu, op: &Op) -> Result<()> {
         (_, true) => cpu.read_op::<u64>(op)?,
         (_, false) => cpu.regs.get::<u64>(op.b),
     };
-    cpu.set_mm(op.a, value);
     cpu.enter_mmx();
+    cpu.set_mm(op.a, value);
     Ok(())
 }
 
 fn save<const N: u8>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     cpu.check_pending_x87()?;
+    // As processors do: the top of stack changes before the store, the tags after it.
+    cpu.x87.status &= !(7 << 11);
     match (N, op.has_memory()) {
         (4, true) => cpu.write_op::<u32>(op, cpu.mm(op.a) as u32)?,
         (4, false) => cpu.regs.set::<u32>(op.a, cpu.mm(op.b) as u32),
@@ -56,23 +66,20 @@ fn save<const N: u8>(cpu: &mut Cpu, op: &Op) -> Result<()> {
 }
 
 fn copy(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    cpu.check_pending_x87()?;
+    begin(cpu)?;
     cpu.set_mm(op.a, cpu.mm(op.b));
-    cpu.enter_mmx();
     Ok(())
 }
 
 fn to_vector(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    cpu.check_pending_x87()?;
+    begin(cpu)?;
     cpu.vectors.ymm[usize::from(op.a & 15)][0] = u128::from(cpu.mm(op.b));
-    cpu.enter_mmx();
     Ok(())
 }
 
 fn from_vector(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    cpu.check_pending_x87()?;
+    begin(cpu)?;
     cpu.set_mm(op.a, cpu.vectors.ymm[usize::from(op.b & 15)][0] as u64);
-    cpu.enter_mmx();
     Ok(())
 }
 
@@ -84,38 +91,36 @@ fn insert_word(cpu: &mut Cpu, op: &Op) -> Result<()> {
         cpu.regs.get::<u16>(op.b)
     };
     let shift = (op.imm & 3) * 16;
+    cpu.enter_mmx();
     cpu.set_mm(
         op.a,
         cpu.mm(op.a) & !(0xffff << shift) | u64::from(word) << shift,
     );
-    cpu.enter_mmx();
     Ok(())
 }
 
 fn extract_word(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    cpu.check_pending_x87()?;
+    begin(cpu)?;
     let word = cpu.mm(op.b) >> ((op.imm & 3) * 16) & 0xffff;
     cpu.regs.set::<u64>(op.a, word);
-    cpu.enter_mmx();
     Ok(())
 }
 
 fn masked_bytes(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    cpu.check_pending_x87()?;
+    begin(cpu)?;
     let (bytes, mask) = (cpu.mm(op.a).to_le_bytes(), cpu.mm(op.b).to_le_bytes());
     store_masked_bytes(cpu, op, &bytes, &mask)?;
-    cpu.enter_mmx();
     Ok(())
 }
 
 fn empty(cpu: &mut Cpu, _: &Op) -> Result<()> {
-    cpu.check_pending_x87()?;
+    begin(cpu)?;
     cpu.x87.tags = 0;
     Ok(())
 }
 
 /// The handler of an MMX move.
-pub(crate) fn lookup(instruction: &Instruction) -> Option<(Handler, Unit)> {
+pub(crate) fn lookup(instruction: &Instruction, op: &mut Op) -> Option<(Handler, Unit)> {
     if instruction.mnemonic() == M::Emms {
         return Some((handler(empty), Unit::Mmx));
     }
@@ -135,7 +140,10 @@ pub(crate) fn lookup(instruction: &Instruction) -> Option<(Handler, Unit)> {
         M::Movq | M::Movntq => handler(save::<8>),
         M::Pinsrw => handler(insert_word),
         M::Pextrw => handler(extract_word),
-        M::Maskmovq => handler(masked_bytes),
+        M::Maskmovq => {
+            op.base = RegisterFile::offset(RDI);
+            handler(masked_bytes)
+        }
         // These two need SSE state as well.
         M::Movq2dq => return Some((handler(to_vector), Unit::Sse)),
         M::Movdq2q => return Some((handler(from_vector), Unit::Sse)),

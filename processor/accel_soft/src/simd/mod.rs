@@ -14,6 +14,7 @@
 mod call;
 mod elements;
 mod execute;
+mod fast;
 mod gather;
 mod host;
 mod mmx;
@@ -77,7 +78,7 @@ pub(crate) fn lookup(instruction: &Instruction, op: &mut Op) -> Option<(Handler,
     {
         return None;
     }
-    mmx::lookup(instruction)
+    mmx::lookup(instruction, op)
         .or_else(|| moves::lookup(instruction))
         .or_else(|| elements::lookup(instruction, op))
         .or_else(|| gather::lookup(instruction, op))
@@ -88,5 +89,9 @@ pub(crate) fn lookup(instruction: &Instruction, op: &mut Op) -> Option<(Handler,
 fn by_plan(instruction: &Instruction, op: &mut Op) -> Option<(Handler, Unit)> {
     let plan = plan::Plan::for_instruction(instruction)?;
     plan.keep_in(op);
-    Some((handler(execute::by_plan), plan.unit()))
+    let fast = fast::choose(plan, instruction.encoding());
+    Some((
+        fast.unwrap_or_else(|| handler(execute::by_plan)),
+        plan.unit(),
+    ))
 }

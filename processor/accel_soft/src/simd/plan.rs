@@ -106,7 +106,7 @@ static PLANS: LazyLock<Mutex<HashMap<Key, &'static Plan>>> = LazyLock::new(Mutex
 impl Plan {
     /// The plan for an instruction of the stub tables.
     pub(crate) fn for_instruction(instruction: &Instruction) -> Option<&'static Self> {
-        let table = entry(instruction.mnemonic())?;
+        let table = entry(instruction)?;
         let imm = immediate(instruction);
         let key = (instruction.code(), imm, sources(instruction, &table));
         if let Some(plan) = PLANS.lock().get(&key) {
@@ -257,12 +257,21 @@ fn sources(instruction: &Instruction, table: &Entry) -> [Source; 3] {
         [a] => [a, a, Source::None],
         [_, b] if is_byte_shift(instruction) => [b, b, Source::None],
         // Legacy blends and SHA256RNDS2 have an implied mask; one-source instructions ignore the first.
-        [a, b] => [a, b, Source::Fixed(0)],
+        [a, b] if has_implied_third(instruction) => [a, b, Source::Fixed(0)],
+        [a, b] => [a, b, Source::None],
         [a, b, c] if is_fma(instruction) => [a, b, c],
         [_, b, c] => [b, c, Source::None],
         [_, b, c, d] => [b, c, d],
         _ => [Source::None; 3],
     }
+}
+
+fn has_implied_third(instruction: &Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    matches!(
+        instruction.mnemonic(),
+        M::Pblendvb | M::Blendvps | M::Blendvpd | M::Sha256rnds2
+    )
 }
 
 fn is_byte_shift(instruction: &Instruction) -> bool {

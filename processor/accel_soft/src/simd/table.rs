@@ -1,6 +1,6 @@
 //! Which stubs execute which instruction: what all tables share.
 
-use iced_x86::Mnemonic;
+use iced_x86::{Instruction, OpKind};
 
 use super::call::Stub;
 use super::{table_float, table_fma, table_immediate, table_integer};
@@ -76,10 +76,16 @@ impl Entry {
     }
 }
 
-/// The entry of a mnemonic that is executed by stubs.
-pub(crate) fn entry(mnemonic: Mnemonic) -> Option<Entry> {
-    table_integer::entry(mnemonic)
+/// The entry of an instruction that is executed by stubs.
+pub(crate) fn entry(instruction: &Instruction) -> Option<Entry> {
+    let mnemonic = instruction.mnemonic();
+    let last = instruction.op_count().checked_sub(1)?;
+    // The same mnemonic may permute by an immediate or by a register.
+    let immediate = instruction.op_kind(last) == OpKind::Immediate8;
+    immediate
+        .then(|| table_immediate::entry(mnemonic))
+        .flatten()
+        .or_else(|| table_integer::entry(mnemonic))
         .or_else(|| table_float::entry(mnemonic))
-        .or_else(|| table_immediate::entry(mnemonic))
         .or_else(|| table_fma::entry(mnemonic))
 }

@@ -146,7 +146,8 @@ pub(super) fn in_limit(segment: &Segment, offset: u64, size: u64) -> bool {
         };
         offset > limit && last <= top
     } else {
-        last <= limit
+        // Accesses wrap at 4 GiB in a segment that has all of it.
+        last <= limit || limit == 0xffff_ffff
     }
 }
 

@@ -498,11 +498,11 @@ pub(super) fn arpl(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let raised = |old: u16, to: u16| (old & 3 < to & 3).then_some(old & !3 | to & 3);
     let new = if op.has_memory() {
         let to = cpu.regs.get::<u16>(op.a);
-        let linear = cpu.linear_op(op, 2, Access::Write)?;
-        let old: u16 = cpu.load_in(linear, op.seg)?;
+        let old: u16 = cpu.read_op(op)?;
         let new = raised(old, to);
+        // A selector that stays as it is need not be writable.
         if let Some(new) = new {
-            cpu.store_in(linear, new, op.seg)?;
+            cpu.write_op(op, new)?;
         }
         new
     } else {

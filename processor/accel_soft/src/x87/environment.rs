@@ -150,7 +150,9 @@ impl Layout {
 }
 
 fn address(cpu: &mut Cpu, op: &Op, size: usize, access: Access) -> Result<u64> {
-    cpu.linear_op(op, size as u64, access)
+    let linear = cpu.linear_op(op, size as u64, access)?;
+    cpu.probe(linear, size as u64, access, op.seg)?;
+    Ok(linear)
 }
 
 /// FNSTENV.

@@ -117,10 +117,10 @@ fn save<const N: usize>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     cpu.check_pending_x87()?;
     let mut memory = [0; 16];
     let mut unit = cpu.x87;
-    let linear = cpu.linear_op(op, N as u64, Access::Write)?;
     host::execute(routine(op), &mut unit, &mut memory, 0);
     // An unmasked exception other than a loss of precision suppresses the store.
     if unit.status & !unit.control & 0x1f == 0 {
+        let linear = cpu.linear_op(op, N as u64, Access::Write)?;
         let low = u64::from_le_bytes(memory[..8].try_into().unwrap_or_default());
         match N {
             2 => cpu.store_in(linear, low as u16, op.seg)?,
@@ -136,8 +136,6 @@ fn save<const N: usize>(cpu: &mut Cpu, op: &Op) -> Result<()> {
                 )?;
             }
         }
-    } else {
-        cpu.probe(linear, N as u64, Access::Write, op.seg)?;
     }
     cpu.x87 = unit;
     note_pointers(cpu, op);
