@@ -28,8 +28,11 @@ const KNOWN_WARNINGS: &[&str] = &[
 
 #[test]
 fn boots_to_user_space_and_powers_off() {
-    let script = "uname -a;grep -c processor /proc/cpuinfo;dmesg -r|grep '^<[0-4]>'|sed s/^/WARNING:/";
-    let Some(mut run) = guest("boots_to_user_space_and_powers_off", script) else { return };
+    let script =
+        "uname -a;grep -c processor /proc/cpuinfo;dmesg -r|grep '^<[0-4]>'|sed s/^/WARNING:/";
+    let Some(mut run) = guest("boots_to_user_space_and_powers_off", script) else {
+        return;
+    };
     let text = run_to_end(&mut run);
     assert!(text.contains("cloud-amd64 #1 SMP"), "{text}");
     let unknown: Vec<&str> = text
@@ -43,7 +46,9 @@ fn boots_to_user_space_and_powers_off() {
 #[test]
 fn four_vcpus_come_up_and_work() {
     let script = "echo CPUS=$(nproc);for n in 1 2 3 4;do (i=0;while [ $i -lt 20000 ];do i=$((i- -1));done;echo WORKER-$n)& done;wait";
-    let Some(mut run) = guest("four_vcpus_come_up_and_work", script) else { return };
+    let Some(mut run) = guest("four_vcpus_come_up_and_work", script) else {
+        return;
+    };
     let text = run_to_end(run.args(["--cpus", "4"]));
     assert!(text.contains("CPUS=4"), "{text}");
     for n in 1..=4 {
@@ -60,7 +65,9 @@ fn serve(page: String) -> u16 {
             let mut request = [0; 4096];
             let _ = client.read(&mut request);
             let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", page.len());
-            let _ = client.write_all(head.as_bytes()).and_then(|()| client.write_all(page.as_bytes()));
+            let _ = client
+                .write_all(head.as_bytes())
+                .and_then(|()| client.write_all(page.as_bytes()));
         }
     });
     port
@@ -72,7 +79,9 @@ fn the_user_mode_network_gives_an_address_and_reaches_the_host() {
     let script = format!(
         "ifconfig eth0 up;udhcpc -i eth0 -n -q -t 20 -s /bin/true;ifconfig eth0 10.0.2.15;wget -q -O - http://10.0.2.2:{port}/|wc -c"
     );
-    let Some(mut run) = guest("the_user_mode_network", &script) else { return };
+    let Some(mut run) = guest("the_user_mode_network", &script) else {
+        return;
+    };
     let text = run_to_end(run.args(["--net", "user"]));
     assert!(text.contains("lease of 10.0.2.15 obtained"), "{text}");
     assert!(text.contains("\n105000\n"), "{text}");
@@ -86,16 +95,30 @@ fn disks_keep_what_was_written_in_both_formats() {
         return;
     };
     let (raw, qcow2) = (dir.path().join("a.raw"), dir.path().join("b.qcow2"));
-    std::fs::File::create(&raw).unwrap().set_len(64 << 20).unwrap();
-    let status =
-        create.args(["img", "create", "-q", "-f", "qcow2"]).arg(&qcow2).arg("64M").status().unwrap();
+    std::fs::File::create(&raw)
+        .unwrap()
+        .set_len(64 << 20)
+        .unwrap();
+    let status = create
+        .args(["img", "create", "-q", "-f", "qcow2"])
+        .arg(&qcow2)
+        .arg("64M")
+        .status()
+        .unwrap();
     assert!(status.success());
-    let disks = [format!("{},format=raw", raw.display()), format!("{},format=qcow2", qcow2.display())];
+    let disks = [
+        format!("{},format=raw", raw.display()),
+        format!("{},format=qcow2", qcow2.display()),
+    ];
     let write = "for d in vda vdb;do seq 1 200000|dd of=/dev/$d bs=64k seek=3 conv=fsync;done";
-    let Some(mut run) = guest("disks_keep_what_was_written_in_both_formats", write) else { return };
+    let Some(mut run) = guest("disks_keep_what_was_written_in_both_formats", write) else {
+        return;
+    };
     run_to_end(run.args(["--disk", &disks[0], "--disk", &disks[1]]));
     let read = "for d in vda vdb;do dd if=/dev/$d bs=64k skip=3|head -c 1288895|md5sum;done;seq 1 200000|md5sum";
-    let Some(mut run) = guest("disks_keep_what_was_written_in_both_formats", read) else { return };
+    let Some(mut run) = guest("disks_keep_what_was_written_in_both_formats", read) else {
+        return;
+    };
     let text = run_to_end(run.args(["--disk", &disks[0], "--disk", &disks[1]]));
     let sums: Vec<&str> = text.lines().filter(|l| l.ends_with("  -")).collect();
     assert_eq!(sums.len(), 3, "{text}");
@@ -106,7 +129,9 @@ fn disks_keep_what_was_written_in_both_formats() {
 fn qmp_stops_continues_and_quits() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("qmp");
-    let Some(mut run) = guest("qmp_stops_continues_and_quits", "sleep 1000") else { return };
+    let Some(mut run) = guest("qmp_stops_continues_and_quits", "sleep 1000") else {
+        return;
+    };
     run.arg("--qmp").arg(format!("unix:{}", socket.display()));
     let mut machine = Machine::start(&mut run);
     machine.expect("GUEST-USER-SPACE");
@@ -146,7 +171,9 @@ fn qmp_stops_continues_and_quits() {
 #[test]
 fn a_panic_with_no_reboot_ends_with_a_line_that_says_so() {
     let script = "echo c > /proc/sysrq-trigger";
-    let Some(mut run) = guest("a_panic_with_no_reboot", script) else { return };
+    let Some(mut run) = guest("a_panic_with_no_reboot", script) else {
+        return;
+    };
     let output = run.stdin(std::process::Stdio::null()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let said = String::from_utf8_lossy(&output.stderr);

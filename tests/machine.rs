@@ -19,15 +19,27 @@ pub(crate) fn corten() -> Option<Command> {
 
 /// A command that runs the test guest with a script as its work; `None`, with a line that says so, where there is no guest.
 pub(crate) fn guest(test: &str, script: &str) -> Option<Command> {
-    let (kernel, initrd) =
-        (std::env::var_os("CORTEN_TEST_KERNEL"), std::env::var_os("CORTEN_TEST_INITRD"));
+    let (kernel, initrd) = (
+        std::env::var_os("CORTEN_TEST_KERNEL"),
+        std::env::var_os("CORTEN_TEST_INITRD"),
+    );
     let (Some(kernel), Some(initrd), Some(mut run)) = (kernel, initrd, corten()) else {
         println!("skipped: {test}: needs the guest and the binary that 'cargo xtask test' makes");
         return None;
     };
     let script = script.replace(' ', "+");
-    run.args(["run", "--accel", "soft", "--memory", "512M", "--no-reboot", "--serial", "stdio"]);
-    run.arg("--append").arg(format!("console=ttyS0 panic=-1 run={script}"));
+    run.args([
+        "run",
+        "--accel",
+        "soft",
+        "--memory",
+        "512M",
+        "--no-reboot",
+        "--serial",
+        "stdio",
+    ]);
+    run.arg("--append")
+        .arg(format!("console=ttyS0 panic=-1 run={script}"));
     run.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
     Some(run)
 }
@@ -56,7 +68,11 @@ impl Machine {
                 }
             }
         });
-        Self { child, output, text: String::new() }
+        Self {
+            child,
+            output,
+            text: String::new(),
+        }
     }
 
     /// Waits for text on the console.
@@ -74,7 +90,10 @@ impl Machine {
     /// Types text.
     pub(crate) fn send(&mut self, text: &str) {
         let input = self.child.stdin.as_mut().expect("a pipe");
-        input.write_all(text.as_bytes()).and_then(|()| input.flush()).expect("the guest reads");
+        input
+            .write_all(text.as_bytes())
+            .and_then(|()| input.flush())
+            .expect("the guest reads");
     }
 
     /// The process.
@@ -85,7 +104,9 @@ impl Machine {
     /// Waits for the end; returns how it ended and all that the console showed.
     pub(crate) fn wait(mut self) -> (ExitStatus, String) {
         let end = Instant::now() + LIMIT;
-        while let Ok(bytes) = self.output.recv_timeout(end.saturating_duration_since(Instant::now()))
+        while let Ok(bytes) = self
+            .output
+            .recv_timeout(end.saturating_duration_since(Instant::now()))
         {
             self.text.push_str(&String::from_utf8_lossy(&bytes));
         }
@@ -93,7 +114,11 @@ impl Machine {
             if let Some(status) = self.child.try_wait().expect("a child") {
                 return (status, std::mem::take(&mut self.text));
             }
-            assert!(Instant::now() < end, "the machine did not end:\n{}", self.text);
+            assert!(
+                Instant::now() < end,
+                "the machine did not end:\n{}",
+                self.text
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -110,6 +135,9 @@ impl Drop for Machine {
 pub(crate) fn run_to_end(command: &mut Command) -> String {
     let (status, text) = Machine::start(command).wait();
     assert!(status.success(), "{status}:\n{text}");
-    assert!(text.contains("GUEST-DONE"), "the guest did not come to its end:\n{text}");
+    assert!(
+        text.contains("GUEST-DONE"),
+        "the guest did not come to its end:\n{text}"
+    );
     text.replace('\r', "")
 }

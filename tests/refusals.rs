@@ -11,20 +11,31 @@ fn refused(arguments: &[&str]) -> Option<Output> {
         println!("skipped: needs the binary that 'cargo xtask test' makes");
         return None;
     };
-    run.arg("run").args(arguments).stdin(std::process::Stdio::null());
+    run.arg("run")
+        .args(arguments)
+        .stdin(std::process::Stdio::null());
     Some(run.output().expect("the binary starts"))
 }
 
 #[track_caller]
 fn check(arguments: &[&str], status: i32, part: &str) {
-    let Some(output) = refused(arguments) else { return };
+    let Some(output) = refused(arguments) else {
+        return;
+    };
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{arguments:?}: {said}");
-    assert!(said.contains(part), "{arguments:?}: {said:?} does not say {part:?}");
+    assert!(
+        said.contains(part),
+        "{arguments:?}: {said:?} does not say {part:?}"
+    );
     assert!(!said.contains("panicked"), "{said}");
     // Usage errors may show the usage too; the others are one line.
     if status == 1 {
-        assert_eq!(said.lines().filter(|l| !l.starts_with("corten: ")).count(), 1, "{said:?}");
+        assert_eq!(
+            said.lines().filter(|l| !l.starts_with("corten: ")).count(),
+            1,
+            "{said:?}"
+        );
     }
 }
 
@@ -52,35 +63,63 @@ fn what_can_t_be_opened_ends_with_status_1() {
     let dir = tempfile::tempdir().unwrap();
     let soft = ["--accel", "soft", "--serial", "null", "--memory", "64M"];
     let with = |more: &[&'static str]| [&soft[..], more].concat();
-    check(&with(&["--kernel", "/nonexistent/vmlinuz"]), 1, "/nonexistent/vmlinuz: No such file");
+    check(
+        &with(&["--kernel", "/nonexistent/vmlinuz"]),
+        1,
+        "/nonexistent/vmlinuz: No such file",
+    );
     check(&soft, 1, "--kernel");
-    check(&["--accel", "soft", "--memory", "900T", "--kernel", "x"], 1, "--memory");
+    check(
+        &["--accel", "soft", "--memory", "900T", "--kernel", "x"],
+        1,
+        "--memory",
+    );
 
     let kernel = path(dir.path(), "text", b"this is no kernel");
     let elf = path(dir.path(), "elf", b"\x7fELF\x02\x01\x01");
     let empty = path(dir.path(), "empty", b"");
-    for (file, part) in
-        [(&kernel, "expected a bzImage or an ELF kernel"), (&elf, "truncated"), (&empty, "empty")]
-    {
+    for (file, part) in [
+        (&kernel, "expected a bzImage or an ELF kernel"),
+        (&elf, "truncated"),
+        (&empty, "empty"),
+    ] {
         let arguments = [&soft[..], &["--kernel", file]].concat();
         check(&arguments, 1, part);
     }
-    let missing = [&soft[..], &["--kernel", &kernel, "--disk", "/nonexistent/disk"]].concat();
+    let missing = [
+        &soft[..],
+        &["--kernel", &kernel, "--disk", "/nonexistent/disk"],
+    ]
+    .concat();
     check(&missing, 1, "/nonexistent/disk");
-    let garbage = path(dir.path(), "garbage", &[b"QFI\xfb\0\0\0\x03".as_slice(), &[0xff; 500]].concat());
+    let garbage = path(
+        dir.path(),
+        "garbage",
+        &[b"QFI\xfb\0\0\0\x03".as_slice(), &[0xff; 500]].concat(),
+    );
     let disk = format!("{garbage},format=qcow2");
-    check(&[&soft[..], &["--kernel", &kernel, "--disk", &disk]].concat(), 1, "garbage");
+    check(
+        &[&soft[..], &["--kernel", &kernel, "--disk", &disk]].concat(),
+        1,
+        "garbage",
+    );
     assert_eq!(std::fs::read(&garbage).unwrap()[8..], [0xff; 500]);
 
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
     let net = format!("user,hostfwd=tcp:127.0.0.1:{port}-:22");
-    check(&[&soft[..], &["--kernel", &kernel, "--net", &net]].concat(), 1, "--net");
+    check(
+        &[&soft[..], &["--kernel", &kernel, "--net", &net]].concat(),
+        1,
+        "--net",
+    );
 }
 
 #[test]
 fn the_specification_can_be_printed() {
-    let Some(output) = refused(&["--print-spec", "--disk", "a.img", "--net", "user"]) else { return };
+    let Some(output) = refused(&["--print-spec", "--disk", "a.img", "--net", "user"]) else {
+        return;
+    };
     assert!(output.status.success());
     let spec: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(spec["disks"][0]["path"], "a.img");
