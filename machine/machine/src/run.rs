@@ -11,7 +11,7 @@ use device_model::{PowerEvent, ResetKind};
 use guest_clock::GuestClock;
 use guest_memory::{BackingOptions, GuestMemory};
 use qmp::{Control, Event, RunState, Server};
-use vm_spec::VmSpec;
+use vm_spec::{MachineType, VmSpec};
 
 use crate::MachineError;
 use crate::board::{Base, Peripherals, Q35};
@@ -69,6 +69,7 @@ struct Machine {
 /// # Errors
 /// When it can't be built, or the guest can't go on.
 pub fn run(spec: &VmSpec, options: &RunOptions) -> Result<Outcome, MachineError> {
+    raise_file_limit();
     let result = Machine::build(spec).and_then(|machine| {
         signals::serve(machine.sender.clone())?;
         machine.live(options)
@@ -78,6 +79,16 @@ pub fn run(spec: &VmSpec, options: &RunOptions) -> Result<Outcome, MachineError>
         let _ = std::fs::remove_file(path);
     }
     result
+}
+
+/// Connections of the user-mode network take a descriptor each.
+fn raise_file_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised);
 }
 
 fn host_memory() -> u64 {
@@ -110,6 +121,10 @@ impl Machine {
         check_memory(spec.memory.size)?;
         if spec.kernel.is_none() {
             let text = "--kernel: needed, as there is no firmware to boot from a disk yet";
+            return Err(MachineError::Spec(text.into()));
+        }
+        if spec.machine == MachineType::Microvm {
+            let text = "--machine: microvm is not there yet, expected q35";
             return Err(MachineError::Spec(text.into()));
         }
         let accel = processor::choose(spec.accel)?;

@@ -130,7 +130,7 @@ impl Q35 {
         let mch = Mch::new(access.clone(), memory.clone());
 
         let mut regions = vec![
-            access.claim_ports(&ports, reset_control)?,
+            access.claim_ports(&ports, reset_control.clone())?,
             ioapic.attach(&memory)?,
             hpet.attach(&memory)?,
             rtc.attach(&ports)?,
@@ -146,14 +146,13 @@ impl Q35 {
             root.add(Devfn::new(ICH9_SLOT, 0), lpc.clone() as Arc<dyn PciDevice>)?,
         ];
         let devices: Vec<Arc<dyn Device>> = vec![
-            pic.clone(),
-            ioapic.clone(),
             pit,
             rtc,
             hpet,
             pm.clone(),
             keyboard,
             access,
+            reset_control,
             pages,
             panic,
         ];
@@ -222,6 +221,9 @@ impl Q35 {
     pub(crate) fn reset(&self, kind: ResetKind) {
         self.root.reset(kind);
         self.devices.iter().for_each(|device| device.reset(kind));
+        // Last, so that lines which fall as the devices reset leave nothing behind.
+        self.interrupts.pic.reset(kind);
+        self.interrupts.ioapic.reset(kind);
     }
 
     /// Does what firmware would have done before a kernel: configuration space, power management, PCI addresses.

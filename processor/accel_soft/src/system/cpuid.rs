@@ -124,6 +124,17 @@ fn xsave_leaves() -> Vec<CpuidEntry> {
     all
 }
 
+/// Leaf 0x15: the TSC's ratio to the timer's clock in lowest terms, for guests multiply in 32 bits.
+fn tsc_ratio(tsc_khz: u32) -> [u32; 4] {
+    let timer_khz = (TIMER_HZ / 1000) as u32;
+    let (mut a, mut b) = (timer_khz, tsc_khz);
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    let divisor = a.max(1);
+    [timer_khz / divisor, tsc_khz / divisor, TIMER_HZ as u32, 0]
+}
+
 /// Everything that the software CPU can promise. The machine fills in APIC IDs and topology; leaf 0x15, 0x16 and
 /// 0x4000_0010 are for a time-stamp counter of `tsc_khz`.
 pub(crate) fn supported(tsc_khz: u32) -> Vec<CpuidEntry> {
@@ -149,7 +160,7 @@ pub(crate) fn supported(tsc_khz: u32) -> Vec<CpuidEntry> {
         entry(0xb, Some(0), [0, 1, 1 << 8, 0]),
         entry(0xb, Some(1), [0, 1, 1 | 2 << 8, 0]),
         // TSC ticks per tick of the "crystal" that drives the APIC's timer, and that one's frequency.
-        entry(0x15, None, [1_000_000, tsc_khz, TIMER_HZ as u32, 0]),
+        entry(0x15, None, tsc_ratio(tsc_khz)),
         entry(0x16, None, [tsc_khz / 1000, tsc_khz / 1000, 100, 0]),
     ];
     all.extend(xsave_leaves());
