@@ -181,3 +181,67 @@ fn a_panic_with_no_reboot_ends_with_a_line_that_says_so() {
     assert!(text.contains("Kernel panic - not syncing"), "{text}");
     assert!(said.contains("corten: the guest has reset"), "{said}");
 }
+
+/// Runs a tool of the host; `None`, with a line that says so, where it is missing.
+fn tool(test: &str, name: &str, arguments: &[&str]) -> Option<std::process::Output> {
+    let output = std::process::Command::new(name).args(arguments).output();
+    if output.is_err() {
+        println!("skipped: {test}: needs {name}");
+    }
+    output.ok()
+}
+
+#[test]
+fn a_killed_machine_loses_nothing_that_the_guest_has_flushed() {
+    const NAME: &str = "a_killed_machine_loses_nothing_that_the_guest_has_flushed";
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (raw, qcow2, after) = (path("a.raw"), path("a.qcow2"), path("after.raw"));
+    if tool(NAME, "/sbin/mke2fs", &["-q", "-t", "ext4", &raw, "64M"]).is_none() {
+        return;
+    }
+    let script = "mount -t ext4 /dev/vda /root;i=0;while true;do i=$((i- -1));echo data-$i > /root/f$i;sync;echo SYNCED-$i-;done";
+    for last in [3, 11] {
+        let img = |arguments: &[&str]| {
+            let mut img = machine::corten()?;
+            let status = img.arg("img").args(arguments).status().unwrap();
+            assert!(status.success(), "corten img {arguments:?}: {status}");
+            Some(())
+        };
+        if img(&["convert", "-f", "raw", "-O", "qcow2", &raw, &qcow2]).is_none() {
+            println!("skipped: {NAME}: no binary");
+            return;
+        }
+        let Some(mut run) = guest(NAME, script) else {
+            return;
+        };
+        let mut machine = Machine::start(run.arg("--disk").arg(format!("{qcow2},format=qcow2")));
+        machine.expect(&format!("SYNCED-{last}-"));
+        drop(machine); // by SIGKILL
+        img(&["check", "-q", "-r", "leaks", &qcow2]);
+        img(&["convert", "-f", "qcow2", "-O", "raw", &qcow2, &after]);
+        let Some(replayed) = tool(NAME, "/sbin/e2fsck", &["-p", &after]) else {
+            return;
+        };
+        let said = String::from_utf8_lossy(&replayed.stdout).into_owned();
+        assert!(replayed.status.code().is_some_and(|c| c <= 1), "{said}");
+        let Some(checked) = tool(NAME, "/sbin/e2fsck", &["-f", "-n", &after]) else {
+            return;
+        };
+        assert!(
+            checked.status.success(),
+            "{}",
+            String::from_utf8_lossy(&checked.stdout)
+        );
+        for n in 1..=last {
+            let cat = format!("cat f{n}");
+            let Some(found) = tool(NAME, "/sbin/debugfs", &["-R", &cat, &after]) else {
+                return;
+            };
+            assert_eq!(
+                String::from_utf8_lossy(&found.stdout),
+                format!("data-{n}\n")
+            );
+        }
+    }
+}
