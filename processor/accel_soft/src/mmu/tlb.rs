@@ -56,10 +56,11 @@ const fn invalid(slot: usize) -> u64 {
     ((slot ^ 1) as u64) << 12
 }
 
-/// The slot of an address in a data buffer.
+/// The slot of an address in a data buffer. Higher bits are mixed in, so that copies between places which are a multiple of
+/// the buffer's reach apart do not drive one another out.
 #[inline(always)]
 const fn data_slot(linear: u64) -> usize {
-    (linear >> 12) as usize & (DATA_ENTRIES - 1)
+    (linear >> 12 ^ linear >> 22) as usize & (DATA_ENTRIES - 1)
 }
 
 /// The slot of an address in an instruction buffer.
