@@ -19,6 +19,7 @@ mod gather;
 mod host;
 mod mmx;
 mod moves;
+mod packed;
 mod plan;
 mod strings;
 mod table;

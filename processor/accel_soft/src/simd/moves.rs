@@ -3,8 +3,7 @@
 use iced_x86::{EncodingKind, Instruction, Mnemonic as M, OpKind};
 
 use super::Unit;
-use super::call::Vector;
-use super::execute::{memory, store};
+use super::packed::Packed;
 use super::plan::register;
 use crate::cpu::{Access, Cpu, Handler, Op, Result, instruction as handler};
 
@@ -30,20 +29,31 @@ fn insert(old: u128, new: u128, bits: u32, shift: u32) -> u128 {
     old & !mask | new << shift & mask
 }
 
+/// As [`set`], without a detour through general registers.
+#[inline(always)]
+fn set_packed<const VEX: bool>(cpu: &mut Cpu, number: u8, value: Packed) {
+    cpu.set_xmm(number, value);
+    if VEX {
+        cpu.set_ymm_high(number, Packed::default());
+    }
+}
+
 fn copy<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    let value = get(cpu, op.b);
-    set::<VEX>(cpu, op.a, value);
+    let value = cpu.xmm(op.b);
+    set_packed::<VEX>(cpu, op.a, value);
     Ok(())
 }
 
 fn copy_256(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    cpu.vectors.ymm[usize::from(op.a & 15)] = cpu.vectors.ymm[usize::from(op.b & 15)];
+    let (low, high) = (cpu.xmm(op.b), cpu.ymm_high(op.b));
+    cpu.set_xmm(op.a, low);
+    cpu.set_ymm_high(op.a, high);
     Ok(())
 }
 
 fn load<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    let value = cpu.read_op::<u128>(op)?;
-    set::<VEX>(cpu, op.a, value);
+    let value = cpu.read_op::<Packed>(op)?;
+    set_packed::<VEX>(cpu, op.a, value);
     Ok(())
 }
 
@@ -52,41 +62,63 @@ fn load_aligned<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     if linear & 15 != 0 {
         return Err(cpu.gp(0));
     }
-    let value = cpu.load_in::<u128>(linear, op.seg)?;
-    set::<VEX>(cpu, op.a, value);
+    let value = cpu.load_in::<Packed>(linear, op.seg)?;
+    set_packed::<VEX>(cpu, op.a, value);
     Ok(())
 }
 
 fn load_256<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    let value = memory(cpu, op, 32, ALIGNED)?;
-    cpu.vectors.ymm[usize::from(op.a & 15)] = value.0;
+    let linear = linear_256::<ALIGNED>(cpu, op, Access::Read)?;
+    let low = cpu.load_in::<Packed>(linear, op.seg)?;
+    let high = cpu.load_in::<Packed>(linear.wrapping_add(16), op.seg)?;
+    cpu.set_xmm(op.a, low);
+    cpu.set_ymm_high(op.a, high);
     Ok(())
 }
 
+/// The address of a 32-byte operand; where that lies in two pages, both have been found good.
+#[inline(always)]
+fn linear_256<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op, access: Access) -> Result<u64> {
+    let linear = cpu.linear_op(op, 32, access)?;
+    if ALIGNED && linear & 31 != 0 {
+        return Err(cpu.gp(0));
+    }
+    if linear & 0xfff > 0x1000 - 32 {
+        cpu.probe(linear, 32, access, op.seg)?;
+    }
+    Ok(linear)
+}
+
 fn save(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    let value = get(cpu, op.a);
-    cpu.write_op::<u128>(op, value)
+    let value = cpu.xmm(op.a);
+    cpu.write_op(op, value)
 }
 
 fn save_aligned(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    let value = Vector::from(get(cpu, op.a));
-    store(cpu, op, 16, true, &value)
+    let linear = cpu.linear_op(op, 16, Access::Write)?;
+    if linear & 15 != 0 {
+        return Err(cpu.gp(0));
+    }
+    let value = cpu.xmm(op.a);
+    cpu.store_in(linear, value, op.seg)
 }
 
 fn save_256<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<()> {
-    let value = Vector(cpu.vectors.ymm[usize::from(op.a & 15)]);
-    store(cpu, op, 32, ALIGNED, &value)
+    let linear = linear_256::<ALIGNED>(cpu, op, Access::Write)?;
+    let (low, high) = (cpu.xmm(op.a), cpu.ymm_high(op.a));
+    cpu.store_in(linear, low, op.seg)?;
+    cpu.store_in(linear.wrapping_add(16), high, op.seg)
 }
 
 fn load_32<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let value = cpu.read_op::<u32>(op)?;
-    set::<VEX>(cpu, op.a, u128::from(value));
+    set_packed::<VEX>(cpu, op.a, Packed::from_quadword(value.into()));
     Ok(())
 }
 
 fn load_64<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let value = cpu.read_op::<u64>(op)?;
-    set::<VEX>(cpu, op.a, u128::from(value));
+    set_packed::<VEX>(cpu, op.a, Packed::from_quadword(value));
     Ok(())
 }
 
@@ -140,7 +172,7 @@ fn from_general<const VEX: bool, const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Re
     } else {
         u64::from(cpu.regs.get::<u32>(op.b))
     };
-    set::<VEX>(cpu, op.a, u128::from(value));
+    set_packed::<VEX>(cpu, op.a, Packed::from_quadword(value));
     Ok(())
 }
 

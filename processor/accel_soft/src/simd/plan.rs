@@ -68,6 +68,8 @@ pub(crate) struct Plan {
     pub(crate) destination: Bank,
     /// The immediate.
     pub(crate) imm: u8,
+    /// A conversion from or to a general register: the stub uses RAX.
+    pub(crate) general: bool,
 }
 
 /// A register file.
@@ -173,6 +175,7 @@ impl Plan {
             second,
             destination,
             imm,
+            general: table.wide.is_some(),
         })
     }
 
