@@ -12,7 +12,7 @@ use x86_defs::state::CS;
 
 use crate::apic::Event;
 use crate::block::{self, Block, BlockCache, Link};
-use crate::cpu::{Access, Cpu, Exception, Flow, Mode, Op, Privilege, Result, Waiting};
+use crate::cpu::{Access, BLOCK_RIP, Cpu, Exception, Flow, Mode, Op, Privilege, Result, Waiting};
 
 /// Bytes that a block is decoded from, at most.
 const MAX_BYTES: usize = 512;
@@ -148,7 +148,7 @@ impl Engine {
     #[inline(always)]
     fn execute(&mut self, block: &Block) -> Flow {
         let cpu = &mut *self.cpu;
-        cpu.regs[16] = cpu.rip;
+        cpu.regs[BLOCK_RIP] = cpu.rip;
         cpu.instructions += u64::from(block.count);
         // SAFETY: the operations of a block are there as long as the block.
         unsafe { ((*block.ops).handler)(cpu, block.ops) }
@@ -179,7 +179,7 @@ impl Engine {
             return std::ptr::null();
         }
         let flushes = self.cache.flushes;
-        let start = self.cpu.regs[16];
+        let start = self.cpu.regs[BLOCK_RIP];
         let Ok(next) = self.find(self.cpu.mode) else {
             // The fault is found again, and delivered, by the next round.
             return std::ptr::null();

@@ -201,9 +201,4 @@ impl BlockCache {
             at = next;
         }
     }
-
-    /// Blocks decoded since the last flush.
-    pub(crate) fn len(&self) -> usize {
-        self.blocks.len()
-    }
 }

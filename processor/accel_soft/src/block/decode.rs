@@ -2,7 +2,9 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind, Register};
 
-use crate::cpu::{Cpu, Ea, Exception, FLAT, FLAT_STACK, Mode, Op, gpr, last_instruction};
+use crate::cpu::{
+    BLOCK_RIP, Cpu, Ea, Exception, FLAT, FLAT_STACK, Mode, Op, ZERO, gpr, last_instruction,
+};
 use crate::exec;
 use crate::simd::{self, Unit};
 use crate::{system, x87};
@@ -14,10 +16,6 @@ pub(crate) const MAX_INSTRUCTIONS: usize = 48;
 /// Most bytes that a block is decoded from.
 pub(crate) const MAX_BYTES: usize = 512;
 
-/// Slot of `Cpu::regs` with the RIP of the block's first instruction.
-const BLOCK_RIP: usize = 16;
-/// Slot that is always zero.
-const ZERO: usize = 17;
 /// Slot that always holds [`FAR`].
 pub(crate) const FAR_SLOT: usize = 18;
 /// Taken off RIP-relative displacements that do not fit 32 bits when they are made relative to the block's start.

@@ -17,5 +17,5 @@ pub(crate) use mode::{Mode, Privilege};
 pub(crate) use op::{
     Ea, FLAT, FLAT_STACK, Flow, Handler, Op, fault, gpr, instruction, last_instruction, leave,
 };
-pub(crate) use registers::RegisterFile;
+pub(crate) use registers::{BLOCK_RIP, RegisterFile, ZERO};
 pub(crate) use state::{Cpu, Waiting};

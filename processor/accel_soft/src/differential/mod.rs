@@ -130,6 +130,14 @@ impl Pair {
             self.synchronize();
             return out;
         }
+        if host_end.vector == 19
+            && case.instructions.iter().any(is_dot_product)
+            && host.mxcsr & 0x800 == 0
+        {
+            // An exact but tiny product, which an unmasked underflow tells of, is not in the result.
+            self.synchronize();
+            return out;
+        }
         if matches!(host_end.vector, 12..=14)
             && our_end.vector == 3
             && case.instructions.iter().any(is_masked_store)
@@ -201,6 +209,7 @@ fn same_end(instructions: &[Instruction], host: End, ours: End) -> bool {
     // The masked stores may look at bytes that they do not write.
     let by_pieces = |i: &Instruction| {
         is_masked_store(i)
+            || i.memory_size().size() == 10
             || matches!(
                 i.mnemonic(),
                 M::Fnsave | M::Frstor | M::Fnstenv | M::Fldenv | M::Fsave | M::Fstenv | M::Fbstp
@@ -208,6 +217,11 @@ fn same_end(instructions: &[Instruction], host: End, ours: End) -> bool {
     };
     let fault = |end: End| matches!(end.vector, 12..=14);
     instructions.iter().any(by_pieces) && fault(host) && fault(ours)
+}
+
+fn is_dot_product(i: &Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    matches!(i.mnemonic(), M::Dpps | M::Dppd | M::Vdpps | M::Vdppd)
 }
 
 /// PUSHA and POPA.
@@ -444,9 +458,36 @@ fn touches_segments(code: Code) -> bool {
     })
 }
 
-/// Every form of 64-bit mode that CPUID promises here, tested or not.
+/// Features that CPUID promises and whose instructions answer otherwise each time, or are about the system's state.
+fn system_features() -> Vec<CpuidFeature> {
+    use CpuidFeature as F;
+    [
+        F::CPUID,
+        F::TSC,
+        F::RDTSCP,
+        F::RDPID,
+        F::RDRAND,
+        F::RDSEED,
+        F::FSGSBASE,
+        F::FXSR,
+        F::XSAVE,
+        F::XSAVEOPT,
+        F::XSAVEC,
+        F::SYSCALL,
+        F::SEP,
+        F::MSR,
+        F::SMAP,
+        F::INVPCID,
+        F::RDPMC,
+        F::MONITOR,
+    ]
+    .to_vec()
+}
+
+/// Every form of 64-bit mode that CPUID may promise, tested or not.
 fn promised() -> Vec<Code> {
-    forms(&[integer_features(), vector_features()].concat(), 64)
+    let features = [integer_features(), vector_features(), system_features()];
+    forms(&features.concat(), 64)
 }
 
 #[test]
@@ -550,10 +591,16 @@ fn coverage_is_told() {
     let mut random = Random::new(1);
     let mut covered = 0;
     for code in &promised {
-        let reason = left_out(*code).or_else(|| {
-            let encodable = (0..50).any(|_| generate::single(&mut random, *code, 64).is_some());
-            (!encodable).then_some("16-bit branch of other processors")
-        });
+        let system = code
+            .cpuid_features()
+            .iter()
+            .any(|f| system_features().contains(f));
+        let reason = left_out(*code)
+            .or(system.then_some("system state, or another answer each time"))
+            .or_else(|| {
+                let encodable = (0..50).any(|_| generate::single(&mut random, *code, 64).is_some());
+                (!encodable).then_some("16-bit branch of other processors")
+            });
         match reason {
             Some(reason) => reasons.entry(reason).or_default().push(format!("{code:?}")),
             None => covered += 1,

@@ -2,10 +2,8 @@
 
 use super::dispatch::{at, done_branch, fast_load, place_at, stored_branch};
 use super::stack;
-use crate::cpu::{Cpu, Fault, Flow, Op, Result, Value};
+use crate::cpu::{BLOCK_RIP, Cpu, Fault, Flow, Op, Result, Value};
 use x86_defs::state::{RCX, RSP};
-
-const BLOCK_RIP: usize = 16;
 
 #[inline(always)]
 fn target(cpu: &Cpu, op: &Op) -> u64 {

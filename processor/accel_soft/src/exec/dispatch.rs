@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::cpu::{Cpu, Ea, FLAT, Flow, Op, Result, Value, fault, gpr, leave};
+use crate::cpu::{Cpu, Ea, FLAT, Flow, Op, Result, Value, ZERO, fault, gpr, leave};
 
 /// Goes on to the next operation.
 #[inline(always)]
@@ -86,7 +86,7 @@ impl Address for BaseAddress {
 
 /// True when [`BaseAddress`] is what the operand needs.
 pub(crate) fn is_base_address(op: &Op) -> bool {
-    op.ea() == Ea::Flat64 && op.seg >= FLAT && op.index == gpr(17)
+    op.ea() == Ea::Flat64 && op.seg >= FLAT && op.index == gpr(ZERO)
 }
 
 /// The memory operand, in the usual case.

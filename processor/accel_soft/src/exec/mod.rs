@@ -18,4 +18,4 @@ mod tests;
 mod various;
 
 pub(crate) use branch::end_of_block;
-pub(crate) use select::{Selected, select, undefined};
+pub(crate) use select::{select, undefined};

@@ -1,6 +1,6 @@
 //! MOV and its kin: MOVZX, MOVSX, MOVSXD, LEA, XCHG, CMOVcc, SETcc, BSWAP, MOVBE, XADD, CMPXCHG, CBW and CWD families, XLAT, LAHF, SAHF.
 
-use super::arith::{Arith, WideArith};
+use super::arith::Arith;
 use super::dispatch::{Address, at, done, fast_place, fast_read, next, stored};
 use crate::cpu::{Access, Cpu, Ea, Flow, Op, Result, Value};
 use x86_defs::state::{RAX, RDX};
@@ -392,7 +392,3 @@ fn offset_operand(cpu: &mut Cpu, op: &Op, size: u64, access: Access) -> Result<u
         _ => cpu.linear(op.seg, op.imm, size, access),
     }
 }
-
-/// Two-operand and three-operand IMUL live in `multiply`; this is the size bound that both need.
-pub(crate) trait Sized16: WideArith {}
-impl<T: WideArith> Sized16 for T {}

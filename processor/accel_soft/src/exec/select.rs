@@ -1,6 +1,6 @@
 //! Which handler executes an instruction.
 
-use iced_x86::{Code, CodeSize, FlowControl, Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
 
 use super::alu::{self, Binary, Form, Unary};
 use super::arith::{Arith, WideArith};
@@ -474,14 +474,36 @@ fn counted_branch(i: &Instruction, op: &mut Op, mode: Mode) -> Option<Selected> 
 
 /// Bytes of the count register of LOOP and JCXZ: the address size.
 fn counter_size(i: &Instruction) -> Option<usize> {
-    let text = format!("{:?}", i.code());
-    Some(match i.mnemonic() {
-        M::Jcxz => 2,
-        M::Jecxz => 4,
-        M::Jrcxz => 8,
-        _ if text.ends_with("_RCX") => 8,
-        _ if text.ends_with("_ECX") => 4,
-        _ if text.ends_with("_CX") => 2,
+    use Code as C;
+    Some(match i.code() {
+        C::Jcxz_rel8_16
+        | C::Jcxz_rel8_32
+        | C::Loop_rel8_16_CX
+        | C::Loop_rel8_32_CX
+        | C::Loope_rel8_16_CX
+        | C::Loope_rel8_32_CX
+        | C::Loopne_rel8_16_CX
+        | C::Loopne_rel8_32_CX => 2,
+        C::Jecxz_rel8_16
+        | C::Jecxz_rel8_32
+        | C::Jecxz_rel8_64
+        | C::Loop_rel8_16_ECX
+        | C::Loop_rel8_32_ECX
+        | C::Loop_rel8_64_ECX
+        | C::Loope_rel8_16_ECX
+        | C::Loope_rel8_32_ECX
+        | C::Loope_rel8_64_ECX
+        | C::Loopne_rel8_16_ECX
+        | C::Loopne_rel8_32_ECX
+        | C::Loopne_rel8_64_ECX => 4,
+        C::Jrcxz_rel8_16
+        | C::Jrcxz_rel8_64
+        | C::Loop_rel8_16_RCX
+        | C::Loop_rel8_64_RCX
+        | C::Loope_rel8_16_RCX
+        | C::Loope_rel8_64_RCX
+        | C::Loopne_rel8_16_RCX
+        | C::Loopne_rel8_64_RCX => 8,
         _ => return None,
     })
 }

@@ -258,3 +258,25 @@ fn a_fault_leaves_the_state_as_it_was() {
     assert_eq!(e.cpu.rip, rip);
     assert_eq!(e.cpu.regs[RSP], 0x7ff8);
 }
+
+#[test]
+fn counted_branches() {
+    for bits in [16, 32, 64] {
+        let r = registers(bits, |a| {
+            let mut top = a.create_label();
+            let mut done = a.create_label();
+            a.mov(cx, 5).unwrap();
+            a.xor(ax, ax).unwrap();
+            a.set_label(&mut top).unwrap();
+            a.add(ax, cx).unwrap();
+            if bits == 64 {
+                a.jrcxz(done).unwrap();
+            } else {
+                a.jecxz(done).unwrap();
+            }
+            a.loop_(top).unwrap();
+            a.set_label(&mut done).unwrap();
+        });
+        assert_eq!((r[RAX], r[RCX]), (15, 0), "{bits}-bit code");
+    }
+}
