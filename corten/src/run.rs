@@ -1,5 +1,7 @@
 //! `corten run`: a virtual machine in the foreground.
 
+#![allow(rustdoc::broken_intra_doc_links)] // the doc comments here are help texts, with brackets of their own
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 

@@ -65,12 +65,6 @@ fn lint() -> Result<()> {
     ];
     host::run(command("cargo").args(clippy))?;
     let mut doc = command("cargo");
-    doc.args([
-        "doc",
-        "--workspace",
-        "--no-deps",
-        "--quiet",
-        "--document-private-items",
-    ]);
+    doc.args(["doc", "--workspace", "--no-deps", "--quiet"]);
     host::run(doc.env("RUSTDOCFLAGS", "-D warnings"))
 }

@@ -29,7 +29,7 @@ const RESERVE_PREFETCHABLE: u64 = 32 << 20;
 const BRIDGE_IO_GRAIN: u64 = 0x1000;
 const BRIDGE_MEMORY_GRAIN: u64 = 1 << 20;
 
-/// A kind of address space, in the order of [`Allocators`].
+/// A kind of address space, in the order of `Allocators`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Io,

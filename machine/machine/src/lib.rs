@@ -1,7 +1,7 @@
 //! Boards, firmware tables, loaders, the run loop.
 //!
-//! [`run`] builds a machine from a [`vm_spec::VmSpec`] alone and runs it to its end. The board ([`board`]) wires devices to
-//! buses and interrupt controllers; [`lifecycle`] runs, parks and resets the vCPUs; [`loader`] and [`firmware`] put
+//! [`run()`] builds a machine from a [`vm_spec::VmSpec`] alone and runs it to its end. The board (`board`) wires devices to
+//! buses and interrupt controllers; `lifecycle` runs, parks and resets the vCPUs; [`loader`] and [`firmware`] put
 //! into memory what a kernel expects to find there.
 
 mod board;

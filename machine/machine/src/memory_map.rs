@@ -1,6 +1,6 @@
 //! Where things lie in the guest-physical address space.
 //!
-//! RAM lies from zero up to [`LOW_MAX`] at most, and the rest of it from 4 GiB. Between them lie the PCI
+//! RAM lies from zero up to `LOW_MAX` at most, and the rest of it from 4 GiB. Between them lie the PCI
 //! Express configuration space, the PCI window and the interrupt controllers, at the addresses that Q35's users know from QEMU.
 
 use std::ops::Range;

@@ -6,7 +6,7 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | `cpu` | [`Cpu`](cpu::Cpu), faults, flags, predecoded operations, guest memory access |
+//! | `cpu` | `Cpu`, faults, flags, predecoded operations, guest memory access |
 //! | `block` | decoding and the cache of decoded blocks |
 //! | `exec` | integer instructions |
 //! | `mmu` | page walks and the translation buffers |

@@ -1,7 +1,7 @@
 //! The console device (section 5.3), with any number of ports: virtio-serial.
 //!
 //! One thread, `virtio-console`, serves all ports and the control channel. What comes from a character backend is kept, as far
-//! as there is room, by [`port::Input`] on the backend's own thread and moved to the guest by the device's.
+//! as there is room, by `port::Input` on the backend's own thread and moved to the guest by the device's.
 
 mod port;
 pub mod spec;

@@ -379,7 +379,7 @@ impl Qcow2 {
 
     /// Stores one whole cluster compressed, if that makes it smaller.
     ///
-    /// `compressed` is the cluster's data as [`compress::compress`] made it.
+    /// `compressed` is the cluster's data as `compress::compress` made it.
     pub(crate) async fn write_compressed_guest(
         &self,
         offset: u64,
