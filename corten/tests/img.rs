@@ -151,8 +151,22 @@ fn run(program: &Path, directory: &Path, arguments: &[&str]) -> Option<(i32, Str
     Some((output.status.code().unwrap_or(-1), lines.join("\n")))
 }
 
+/// The oldest qemu-img whose every word we follow; older ones show fewer fields.
+const ORACLE: u32 = 10;
+
+/// The major version of the qemu-img that is installed.
+fn oracle_version() -> Option<u32> {
+    let (_, text) = run(Path::new("qemu-img"), Path::new("."), &["--version"])?;
+    let number = text.split_whitespace().nth(2)?;
+    number.split('.').next()?.parse().ok()
+}
+
 #[test]
 fn every_verb_answers_as_qemu_img_does() {
+    let same_words = oracle_version().is_some_and(|version| version >= ORACLE);
+    if !same_words {
+        eprintln!("SKIPPED: the words of qemu-img: it is older than {ORACLE}, or not installed");
+    }
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let (ours, theirs) = (
         tempfile::tempdir_in(scratch).unwrap(),
@@ -172,7 +186,7 @@ fn every_verb_answers_as_qemu_img_does() {
         };
         assert_eq!(code, their_code, "exit code of {arguments:?}: {text}");
         // What is said before a refusal is not part of the bargain.
-        if code == 0 || arguments[0] == "compare" {
+        if same_words && (code == 0 || arguments[0] == "compare") {
             assert_eq!(text, their_text, "output of {arguments:?}");
         }
         // Each reads and checks what the other has written.
