@@ -15,7 +15,6 @@
 //! | `simd`, `x87` | vectors and floating point |
 
 #![allow(unsafe_code)] // reads and writes guest memory and predecoded operations by pointer
-#![allow(dead_code, unused_imports)] // until all the parts are joined
 
 pub mod apic;
 mod block;

@@ -1,7 +1,5 @@
 //! Predecoded operations and how they are called.
 
-use iced_x86::Code;
-
 use super::{Cpu, RegisterFile, Result};
 
 /// What executes an operation. It ends by calling the handler of the operation that follows (the call is in tail
@@ -102,11 +100,6 @@ impl Op {
     #[inline(always)]
     pub(crate) fn len(&self) -> u64 {
         u64::from(self.ea_len >> 4)
-    }
-
-    /// What it is.
-    pub(crate) fn code(&self) -> Code {
-        Code::try_from(usize::from(self.code)).unwrap_or(Code::INVALID)
     }
 }
 

@@ -232,37 +232,6 @@ impl Cpu {
         }
     }
 
-    /// Looks an address up without any effect: the physical address that a supervisor's read would reach, for debuggers and
-    /// paravirtual structures.
-    pub(crate) fn physical_of(&self, linear: u64) -> Option<u64> {
-        struct Quiet<'a>(Memory<'a>);
-        impl Tables for Quiet<'_> {
-            fn read_u32(&mut self, at: u64) -> Option<u32> {
-                self.0.read_u32(at)
-            }
-            fn read_u64(&mut self, at: u64) -> Option<u64> {
-                self.0.read_u64(at)
-            }
-            fn exchange_u32(&mut self, _: u64, _: u32, _: u32) -> bool {
-                true
-            }
-            fn exchange_u64(&mut self, _: u64, _: u64, _: u64) -> bool {
-                true
-            }
-        }
-        let request = Request {
-            write: false,
-            fetch: false,
-            user: false,
-            smap: false,
-        };
-        let mut tables = Quiet(Memory {
-            map: &self.memory_map,
-        });
-        let walked = self.system.mmu.paging.walk(&mut tables, linear, request);
-        walked.ok().map(|w| w.physical)
-    }
-
     /// Reads the PDPTE registers from memory where PAE paging uses them.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Execution of the instructions that have a stub.
 #![allow(unsafe_code)] // Reaches plans by the address that decoding left.
 
-use x86_defs::control::{Cr0, Cr4};
+use x86_defs::control::Cr4;
 use x86_defs::exception;
 
 use super::call::{
@@ -211,16 +211,6 @@ impl Cpu {
             self.raise(Exception::Plain(exception::XM))
         } else {
             self.ud()
-        }
-    }
-
-    /// The fault of an instruction whose unit is not enabled: #UD before #NM.
-    #[cold]
-    pub(crate) fn device_not_available(&mut self, undefined: bool) -> crate::cpu::Fault {
-        if undefined || !self.cr0.contains(Cr0::TS) {
-            self.ud()
-        } else {
-            self.nm()
         }
     }
 }

@@ -33,7 +33,7 @@ use iced_x86::Instruction;
 use crate::cpu::{Handler, Op, instruction as handler};
 
 pub(crate) use elements::MXCSR_MASK;
-pub(crate) use host::{HostFeatures, host_features};
+pub(crate) use host::host_features;
 /// What must be enabled for an instruction not to fault. The decoder looks it up in [`crate::cpu::Mode`] and puts the fault
 /// in the instruction's place where it is not, so that handlers need not check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

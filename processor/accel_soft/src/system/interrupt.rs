@@ -10,7 +10,7 @@ use super::segment::{ATTR_VIRTUAL_8086, null_segment};
 use super::stack::Stack;
 use super::task::TaskSwitch;
 use super::transfer::CodeTarget;
-use crate::cpu::{Cpu, Exception, Mode, Op, Result, Value};
+use crate::cpu::{Cpu, Exception, Op, Result, Value};
 
 /// What is being delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

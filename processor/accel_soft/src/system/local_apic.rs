@@ -69,12 +69,6 @@ impl Cpu {
         self.apic.timer_fired(|_| at);
     }
 
-    /// An interrupt waits that could be taken if RFLAGS.IF allows.
-    pub(crate) fn interrupt_waits(&mut self) -> bool {
-        self.settle_deferred_eoi();
-        self.apic.has_extint() || self.apic.pending().is_some()
-    }
-
     /// Takes the vector of the interrupt that waits, if any: from the 8259 or from the local APIC, which then has it in
     /// service.
     pub(crate) fn take_interrupt(&mut self) -> Option<u8> {

@@ -35,7 +35,7 @@ use iced_x86::{Code, Instruction};
 use x86_defs::cpuid::CpuidEntry;
 use x86_defs::state::{CS, DS, ES, FS, GS, SS};
 
-use crate::cpu::{Cpu, Handler, Op, Result, instruction as next, last_instruction as last};
+use crate::cpu::{Handler, Op, instruction as next, last_instruction as last};
 use crate::mmu::MmuState;
 
 /// MSRs and what else the system instructions keep.
