@@ -28,7 +28,7 @@ pub(crate) struct RunArguments {
     /// Processor: auto (KVM where it runs at hardware speed, else the software CPU), kvm or soft
     #[arg(long, value_name = "ACCEL", default_value = "auto")]
     accel: String,
-    /// Board: q35 or microvm
+    /// Board: q35 (microvm is not there yet)
     #[arg(long, value_name = "TYPE", default_value = "q35")]
     machine: String,
     /// CPU model and features: MODEL[,+feature][,-feature]; models: max, host
