@@ -31,7 +31,8 @@ pub(crate) struct RunArguments {
     /// Board: q35 (microvm is not there yet)
     #[arg(long, value_name = "TYPE", default_value = "q35")]
     machine: String,
-    /// CPU model and features: MODEL[,+feature][,-feature]; models: max, host
+    /// CPU model and features: MODEL[,+feature][,-feature][,enforce]; models: max, host and QEMU's names with their versions,
+    /// such as Haswell or EPYC-v3 (`--cpu help` lists them)
     #[arg(long, value_name = "MODEL", default_value = "max")]
     cpu: String,
     /// Number of vCPUs
@@ -225,6 +226,12 @@ fn vsock(text: &str) -> Result<VsockSpec, OptionError> {
 
 /// Runs the machine to its end.
 pub(crate) fn run(arguments: &RunArguments) -> ExitCode {
+    if matches!(arguments.cpu.as_str(), "help" | "?") {
+        machine::cpu_model::model_names()
+            .iter()
+            .for_each(|name| println!("{name}"));
+        return ExitCode::SUCCESS;
+    }
     let (spec, qmp) = match (arguments.spec(), arguments.qmp_path()) {
         (Ok(spec), Ok(qmp)) => (spec, qmp),
         (Err(why), _) | (_, Err(why)) => {

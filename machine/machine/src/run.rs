@@ -116,6 +116,18 @@ fn check_memory(size: u64) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// Says in one line what of the CPU model the guest goes without.
+fn tell_missing(spec: &VmSpec, model: &CpuModel) {
+    let missing = model.missing();
+    if !missing.is_empty() {
+        let name = &spec.cpu.model;
+        eprintln!(
+            "corten: --cpu {name}: this processor has no {}; the guest goes without",
+            missing.join(", ")
+        );
+    }
+}
+
 impl Machine {
     fn build(spec: &VmSpec) -> Result<Self, MachineError> {
         check_memory(spec.memory.size)?;
@@ -129,6 +141,7 @@ impl Machine {
         }
         let accel = processor::choose(spec.accel)?;
         let model = CpuModel::new(&spec.cpu, accel.supported_cpuid()?, spec.cpus)?;
+        tell_missing(spec, &model);
         let clock = GuestClock::new();
         let memory = GuestMemory::new();
         let map = MemoryMap::new(spec.memory.size);

@@ -156,6 +156,7 @@ impl Cpu {
             machine.apics.clone(),
             machine.clock.clone(),
         );
+        let system = SystemState::new(cpuid);
         let cpuid = cpuid
             .iter()
             .map(|e| ((e.leaf, e.subleaf.unwrap_or(u32::MAX)), *e))
@@ -193,7 +194,7 @@ impl Cpu {
             dr7: 0,
             vectors: Vectors::default(),
             x87: X87::default(),
-            system: SystemState::default(),
+            system,
             apic,
             sti_shadow: false,
             mov_ss_shadow: false,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use guest_clock::GuestClock;
 use guest_memory::{Backing, BackingOptions, GuestMemory};
 use x86_defs::control::{Cr0, Cr4, Efer, Xcr0};
+use x86_defs::cpuid::CpuidEntry;
 use x86_defs::state::{CS, DS, ES, FS, GS, SS, Segment};
 
 use super::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, DATA_WRITABLE, End, STACK, STACK_SIZE};
@@ -33,7 +34,15 @@ impl Guest {
             .add_ram(0, RAM, BackingOptions::default())
             .expect("memory for the test's guest");
         let machine = Arc::new(Machine::new(memory, GuestClock::new()));
-        let mut cpu = Cpu::new(machine, Arc::new(VcpuShared::new(0)), &[], 2_000_000);
+        // The two vendors' processors differ in a few instructions: the guest's is of the host's vendor.
+        let vendor = std::arch::x86_64::__cpuid(0);
+        let mut leaf = CpuidEntry {
+            leaf: 0,
+            ..CpuidEntry::default()
+        };
+        (leaf.ebx, leaf.ecx, leaf.edx) = (vendor.ebx, vendor.ecx, vendor.edx);
+        let shared = Arc::new(VcpuShared::new(0));
+        let mut cpu = Cpu::new(machine, shared, &[leaf], 2_000_000);
         let mut guest_ram = Tables {
             ram: &ram,
             next: PAGE_TABLES + 0x1000,

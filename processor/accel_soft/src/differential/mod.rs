@@ -138,6 +138,11 @@ impl Pair {
             self.synchronize();
             return out;
         }
+        if host.mxcsr & MISALIGNED_MASK != 0 {
+            // AMD's bit for misaligned SSE operands, which the software CPU's CPUID does not promise.
+            self.synchronize();
+            return out;
+        }
         if matches!(host_end.vector, 12..=14)
             && our_end.vector == 3
             && case.instructions.iter().any(is_masked_store)
@@ -186,6 +191,9 @@ impl Pair {
     }
 }
 
+/// MXCSR.MM (APM volume 1, section 4.2.2).
+const MISALIGNED_MASK: u32 = 1 << 17;
+
 /// True when two ends agree. The instructions that store or load piece by piece may fault at any byte of the page.
 fn same_end(instructions: &[Instruction], host: End, ours: End) -> bool {
     use iced_x86::Mnemonic as M;
@@ -206,6 +214,17 @@ fn same_end(instructions: &[Instruction], host: End, ours: End) -> bool {
     if host.vector == 5 && instructions.iter().any(|i| i.mnemonic() == M::Bound) {
         return true;
     }
+    // Which of its two operands CMPS looks at first is not always the same on AMD's processors.
+    let fault = |end: End| matches!(end.vector, 12..=14);
+    let compares = |i: &Instruction| {
+        matches!(
+            i.code(),
+            Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64
+        )
+    };
+    if instructions.iter().any(compares) && fault(host) && fault(ours) {
+        return true;
+    }
     // The masked stores may look at bytes that they do not write.
     let by_pieces = |i: &Instruction| {
         is_masked_store(i)
@@ -215,7 +234,6 @@ fn same_end(instructions: &[Instruction], host: End, ours: End) -> bool {
                 M::Fnsave | M::Frstor | M::Fnstenv | M::Fldenv | M::Fsave | M::Fstenv | M::Fbstp
             )
     };
-    let fault = |end: End| matches!(end.vector, 12..=14);
     instructions.iter().any(by_pieces) && fault(host) && fault(ours)
 }
 
