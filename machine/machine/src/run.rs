@@ -139,7 +139,7 @@ impl Machine {
             let text = "--machine: microvm is not there yet, expected q35";
             return Err(MachineError::Spec(text.into()));
         }
-        let accel = processor::choose(spec.accel)?;
+        let accel = processor::choose(spec)?;
         let model = CpuModel::new(&spec.cpu, accel.supported_cpuid()?, spec.cpus)?;
         tell_missing(spec, &model);
         let clock = GuestClock::new();

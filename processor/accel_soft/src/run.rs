@@ -13,6 +13,8 @@ use x86_defs::state::CS;
 use crate::apic::Event;
 use crate::block::{self, Block, BlockCache, Link};
 use crate::cpu::{Access, BLOCK_RIP, Cpu, Exception, Flow, Mode, Op, Privilege, Result, Waiting};
+use crate::translate::{self, Home, Translator, exit};
+use crate::vm::SoftOptions;
 
 /// Bytes that a block is decoded from, at most.
 const MAX_BYTES: usize = 512;
@@ -22,8 +24,11 @@ static NO_GENERATION: AtomicU32 = AtomicU32::new(0);
 
 /// A vCPU and its decoded blocks.
 pub(crate) struct Engine {
-    pub(crate) cpu: Box<Cpu>,
+    pub(crate) cpu: Home,
     cache: BlockCache,
+    /// Host code, once there is some.
+    translator: Option<Box<Translator>>,
+    options: SoftOptions,
     /// A block that must not be kept: one instruction that lies in two pages, or in device space.
     passing: Box<Option<Block>>,
     passing_ops: Vec<Op>,
@@ -37,10 +42,12 @@ type Go = ControlFlow<Exit>;
 
 impl Engine {
     /// An engine for a vCPU.
-    pub(crate) fn new(cpu: Box<Cpu>) -> Self {
+    pub(crate) fn new(cpu: Cpu, options: SoftOptions) -> Self {
         Self {
-            cpu,
+            cpu: Home::new(cpu),
             cache: BlockCache::new(),
+            translator: None,
+            options,
             passing: Box::new(None),
             passing_ops: Vec::with_capacity(2),
         }
@@ -114,7 +121,15 @@ impl Engine {
     fn follow_memory(&mut self) {
         self.cpu.follow_memory();
         if std::mem::take(&mut self.cpu.code_stale) {
-            self.cache.clear();
+            self.clear_blocks();
+        }
+    }
+
+    /// Throws all blocks and their code away.
+    fn clear_blocks(&mut self) {
+        self.cache.clear();
+        if let Some(translator) = &mut self.translator {
+            translator.clear();
         }
     }
 
@@ -122,6 +137,7 @@ impl Engine {
     #[inline(always)]
     fn run_block(&mut self, block: *const Block) -> ControlFlow<Exit, *const Block> {
         let mut block = block;
+        let found = block.is_null();
         // SAFETY: a pointer to a block that comes back from here is good until the cache is cleared, which is only done in
         // `find` and `follow_memory`, and the caller drops it when it calls those.
         if block.is_null() || unsafe { !(*block).is_fresh() } {
@@ -135,6 +151,9 @@ impl Engine {
         if this.mode.contains(Mode::STEP) {
             return self.single_step(this).map_continue(|()| std::ptr::null());
         }
+        if self.options.translate && (this.code.near != 0 || self.is_hot(block)) {
+            return self.run_translated(block, found);
+        }
         match self.execute(this) {
             Flow::Next => ControlFlow::Continue(self.successor(block)),
             Flow::Left => {
@@ -143,6 +162,118 @@ impl Engine {
             }
             Flow::Fault => self.faulted(this).map_continue(|()| std::ptr::null()),
         }
+    }
+
+    /// Counts a run of a block that is not compiled. True: it is now.
+    fn is_hot(&mut self, block: *const Block) -> bool {
+        // SAFETY: as in `run_block`.
+        let this = unsafe { &mut *block.cast_mut() };
+        let hot_after = self.options.hot_after;
+        if this.code.runs > hot_after || this.host.is_null() {
+            return false;
+        }
+        this.code.runs += 1;
+        this.code.runs > hot_after && translate::is_for(this.mode) && self.compile(block.cast_mut())
+    }
+
+    #[cold]
+    fn compile(&mut self, block: *mut Block) -> bool {
+        if self.translator.is_none() {
+            match Translator::new(self.options.cache_size) {
+                Ok(translator) => self.translator = Some(Box::new(translator)),
+                Err(_) => {
+                    self.options.translate = false;
+                    return false;
+                }
+            }
+        }
+        let Some(translator) = &mut self.translator else {
+            return false;
+        };
+        if translator.is_full() {
+            // All goes at the next look at the state of things; until then the block is interpreted.
+            self.cpu.code_stale = true;
+            self.cpu.attention = true;
+            return false;
+        }
+        // SAFETY: a live block of the cache.
+        let this = unsafe { &*block };
+        let first = self.cache.index_of(this);
+        translator.compile(block, self.cache.source(this), first)
+    }
+
+    /// Runs the code of a block, and what it leads to. `found`: indirect jumps don't know it yet.
+    fn run_translated(
+        &mut self,
+        block: *const Block,
+        found: bool,
+    ) -> ControlFlow<Exit, *const Block> {
+        // SAFETY: as in `run_block`.
+        let this = unsafe { &*block };
+        let Some(translator) = &mut self.translator else {
+            return ControlFlow::Continue(std::ptr::null());
+        };
+        if !translate::vectors_are_masked(&self.cpu) {
+            return self.interpret(this);
+        }
+        if !translator.make_ready(block.cast_mut()) {
+            return ControlFlow::Continue(std::ptr::null());
+        }
+        let code = this.code;
+        if found {
+            let rip = self.cpu.rip;
+            translator.enter(&mut self.cpu, rip, code.far);
+        }
+        let why = translator.run(&mut self.cpu, code.near, self.cache.ops_at());
+        match why & 0xff {
+            exit::FAULT => self.deliver().map_continue(|()| std::ptr::null()),
+            exit::LINK => ControlFlow::Continue(self.link_code(why >> 8)),
+            _ => ControlFlow::Continue(std::ptr::null()),
+        }
+    }
+
+    /// Executes a block by the interpreter alone.
+    fn interpret(&mut self, block: &Block) -> ControlFlow<Exit, *const Block> {
+        match self.execute(block) {
+            Flow::Next => ControlFlow::Continue(std::ptr::null()),
+            Flow::Left => {
+                self.left(block);
+                ControlFlow::Continue(std::ptr::null())
+            }
+            Flow::Fault => self.faulted(block).map_continue(|()| std::ptr::null()),
+        }
+    }
+
+    /// Code was left where it goes on at a place in its page that had no code. The block there.
+    fn link_code(&mut self, link: u32) -> *const Block {
+        let Some(translator) = &mut self.translator else {
+            return std::ptr::null();
+        };
+        let cpu = &mut *self.cpu;
+        let target = translator.link_target(link);
+        cpu.rip = cpu.hot.page.wrapping_add(target as u64) & cpu.rip_mask;
+        if cpu.attention || cpu.shared.mailbox.has_events() {
+            return std::ptr::null();
+        }
+        let flushes = self.cache.flushes;
+        let Ok(next) = self.find(self.cpu.mode) else {
+            // The fault is found again, and delivered, by the next round.
+            return std::ptr::null();
+        };
+        // SAFETY: `find` gives a live block.
+        let this = unsafe { &*next };
+        if self.cache.flushes != flushes || this.host.is_null() || this.mode.contains(Mode::STEP) {
+            return next;
+        }
+        if this.code.near == 0 && !self.is_hot(next) {
+            return next;
+        }
+        // SAFETY: as above; it may have been compiled since.
+        let near = unsafe { (*next).code.near };
+        if let Some(translator) = &mut self.translator {
+            translator.patch(link, near);
+        }
+        next
     }
 
     #[inline(always)]
@@ -159,9 +290,9 @@ impl Engine {
     fn successor(&mut self, block: *const Block) -> *const Block {
         // SAFETY: as in `run_block`.
         let this = unsafe { &*block };
-        let (rip, epoch) = (self.cpu.rip, self.cpu.tlb.epoch);
+        let (rip, version) = (self.cpu.rip, self.cpu.tlb.version);
         for link in &this.links {
-            if link.rip == rip && (link.epoch == epoch || link.epoch == u64::MAX) {
+            if link.rip == rip && (link.version == version || link.version == u64::MAX) {
                 let next = link.block;
                 // SAFETY: links hold null or blocks of the same cache.
                 if !next.is_null() && unsafe { (*next).mode == self.cpu.mode } {
@@ -195,7 +326,7 @@ impl Engine {
                 && (*next).mode == (*block).mode;
             let link = Link {
                 rip,
-                epoch: if near { u64::MAX } else { self.cpu.tlb.epoch },
+                version: if near { u64::MAX } else { self.cpu.tlb.version },
                 block: next,
             };
             let this = &mut *block.cast_mut();
@@ -261,6 +392,34 @@ impl Engine {
         }
         self.settle_fault(this);
         Some(self.cpu.exception)
+    }
+
+    /// Executes the block at RIP as host code, where it can be compiled, and gives what it raises instead of delivering it.
+    #[cfg(test)]
+    pub(crate) fn run_code_uncaught(&mut self) -> Option<Exception> {
+        let Ok(block) = self.find(self.cpu.mode) else {
+            return Some(self.cpu.exception);
+        };
+        // SAFETY: `find` gives a live block.
+        let this = unsafe { &*block };
+        if this.code.near == 0 && !this.host.is_null() && !self.compile(block.cast_mut()) {
+            self.clear_blocks();
+            return None;
+        }
+        let translator = self.translator.as_mut();
+        let masked = translate::vectors_are_masked(&self.cpu);
+        let (Some(translator), true, false) = (translator, masked, this.host.is_null()) else {
+            return self.run_uncaught(false);
+        };
+        if !translator.make_ready(block.cast_mut()) {
+            return None;
+        }
+        let why = translator.run(&mut self.cpu, this.code.near, self.cache.ops_at());
+        if why & 0xff == exit::LINK {
+            let target = translator.link_target(why >> 8) as u64;
+            self.cpu.rip = self.cpu.hot.page.wrapping_add(target) & self.cpu.rip_mask;
+        }
+        (why & 0xff == exit::FAULT).then_some(self.cpu.exception)
     }
 
     /// Delivers `Cpu::exception`.
@@ -428,6 +587,7 @@ impl Engine {
         if host.is_null() {
             return self.fetch_from_device(linear, mode);
         }
+        self.cpu.tlb.note_fetched(linear);
         if let Some(found) = self.cache.find(host, mode) {
             // SAFETY: a live block of the cache.
             if unsafe { (*found).is_fresh() } || self.revalidate(found) {
@@ -491,6 +651,9 @@ impl Engine {
             return false;
         }
         this.generation = generation;
+        if let Some(translator) = &mut self.translator {
+            translator.revive(block);
+        }
         true
     }
 
@@ -503,7 +666,7 @@ impl Engine {
         mode: Mode,
     ) -> Result<*const Block> {
         if self.cache.is_full() {
-            self.cache.clear();
+            self.clear_blocks();
         }
         let Some(generation) = self.mark(host) else {
             return self.fetch_from_device(linear, mode);

@@ -8,22 +8,23 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::decode::{MAX_BYTES, MAX_INSTRUCTIONS};
 use crate::cpu::{Mode, Op};
+use crate::translate::Code;
 
 /// A successor of a block that was found once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Link {
     /// RIP at which it starts.
     pub(crate) rip: u64,
-    /// The [`crate::mmu::Tlb::epoch`] in which it was found, or `u64::MAX` when it lies in the same page as the block and so
+    /// The [`crate::mmu::Tlb::version`] under which it was found, or `u64::MAX` when it lies in the same page as the block and so
     /// needs no translation of its own.
-    pub(crate) epoch: u64,
+    pub(crate) version: u64,
     /// The block, or null.
     pub(crate) block: *const Block,
 }
 
 const NO_LINK: Link = Link {
     rip: 0,
-    epoch: 0,
+    version: 0,
     block: std::ptr::null(),
 };
 
@@ -47,6 +48,8 @@ pub(crate) struct Block {
     pub(crate) links: [Link; 2],
     /// Bytes that it was decoded from: where in the cache's bytes, and how many.
     pub(crate) bytes: (u32, u16),
+    /// Its translation.
+    pub(crate) code: Code,
     next: u32,
 }
 
@@ -62,6 +65,7 @@ impl Block {
             host: std::ptr::null(),
             links: [NO_LINK; 2],
             bytes: (0, 0),
+            code: Code::default(),
             next: 0,
         }
     }
@@ -139,6 +143,16 @@ impl BlockCache {
         self.flushes += 1;
     }
 
+    /// Where the operations are.
+    pub(crate) fn ops_at(&self) -> *const Op {
+        self.ops.as_ptr()
+    }
+
+    /// The number of a block's first operation.
+    pub(crate) fn index_of(&self, block: &Block) -> usize {
+        (block.ops as usize - self.ops.as_ptr() as usize) / size_of::<Op>()
+    }
+
     /// The arena to decode into; operations that are appended become a block with [`Self::insert`].
     pub(crate) fn ops(&mut self) -> &mut Vec<Op> {
         &mut self.ops
@@ -166,6 +180,7 @@ impl BlockCache {
             host,
             links: [NO_LINK; 2],
             bytes: (at as u32, bytes.len() as u16),
+            code: Code::default(),
             next: self.buckets[bucket],
         };
         self.blocks.push(block);

@@ -35,12 +35,7 @@ pub(crate) struct Decoded {
 /// Decodes a block from bytes, of which there may be more in the next page when `more`. Appends the operations and one that
 /// ends the block.
 pub(crate) fn decode(bytes: &[u8], more: bool, mode: Mode, ops: &mut Vec<Op>) -> Decoded {
-    // What is reserved for hints (MPX, CET, CLDEMOTE and all that may come) does nothing here.
-    let mut options = DecoderOptions::FORCE_RESERVED_NOP;
-    if mode.contains(Mode::AMD) {
-        options |= DecoderOptions::AMD;
-    }
-    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, 0, options);
+    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, 0, decoder_options(mode));
     let most = if mode.contains(Mode::STEP) {
         1
     } else {
@@ -75,6 +70,16 @@ pub(crate) fn decode(bytes: &[u8], more: bool, mode: Mode, ops: &mut Vec<Op>) ->
         len,
         cut: false,
     }
+}
+
+/// How instructions are decoded in a mode.
+pub(crate) fn decoder_options(mode: Mode) -> u32 {
+    // What is reserved for hints (MPX, CET, CLDEMOTE and all that may come) does nothing here.
+    let mut options = DecoderOptions::FORCE_RESERVED_NOP;
+    if mode.contains(Mode::AMD) {
+        options |= DecoderOptions::AMD;
+    }
+    options
 }
 
 fn terminator(len: usize) -> Op {

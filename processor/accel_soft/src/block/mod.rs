@@ -4,4 +4,4 @@ mod cache;
 mod decode;
 
 pub(crate) use cache::{Block, BlockCache, Link};
-pub(crate) use decode::{FAR, FAR_SLOT, decode};
+pub(crate) use decode::{FAR, FAR_SLOT, decode, decoder_options};

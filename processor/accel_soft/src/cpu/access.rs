@@ -551,6 +551,18 @@ impl Cpu {
         }
         self.leave_block = true;
     }
+
+    /// As [`Self::note_write`], for a page that is named by its flag byte's address.
+    #[cold]
+    pub(crate) fn note_write_by_flag(&mut self, flag: *const u8) {
+        for region in self.memory_map.iter() {
+            if let Some(page) = region.backing.page_of_flag(flag) {
+                region.backing.note_write(page << 12, 1);
+                break;
+            }
+        }
+        self.leave_block = true;
+    }
 }
 
 /// True for an address whose bits 47 to 63 are equal.

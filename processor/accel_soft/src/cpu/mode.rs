@@ -106,7 +106,7 @@ impl Cpu {
         self.rip_mask = if is_64bit { u64::MAX } else { 0xffff_ffff };
         let code_base = if is_64bit { 0 } else { cs.base };
         if code_base != self.bases[CS] {
-            self.tlb.epoch += 1;
+            self.tlb.stale_code();
         }
         for seg in [ES, CS, SS, DS] {
             self.bases[seg] = if is_64bit { 0 } else { self.segments[seg].base };

@@ -12,6 +12,7 @@ use super::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, DATA_WRITABLE, End, STACK,
 use super::state::State;
 use crate::cpu::{Cpu, Exception, Machine, VcpuShared};
 use crate::run::Engine;
+use crate::vm::SoftOptions;
 
 const RAM: u64 = 0x20_0000;
 const PAGE_TABLES: u64 = 0x1000;
@@ -19,6 +20,17 @@ const PAGE_TABLES: u64 = 0x1000;
 const CODE_AT: u64 = 0x10_0000;
 const DATA_AT: u64 = 0x11_0000;
 const STACK_AT: u64 = 0x12_0000;
+
+/// How the software CPU executes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// Instruction by instruction.
+    Single,
+    /// Block by block.
+    Block,
+    /// Host code for every block.
+    Translated,
+}
 
 /// A vCPU in ring 3 of 64-bit mode.
 pub(crate) struct Guest {
@@ -87,7 +99,7 @@ impl Guest {
         cpu.update_paging();
         cpu.update_mode();
         let mut guest = Self {
-            engine: Engine::new(Box::new(cpu)),
+            engine: Engine::new(cpu, SoftOptions::default()),
             ram,
         };
         // JMP to itself: ends a block and changes nothing.
@@ -154,11 +166,11 @@ impl Guest {
         state: &mut State,
         bits: u32,
         stops: impl Fn(u64) -> bool,
-        single: bool,
+        how: How,
     ) -> End {
         self.set_mode(bits);
         self.load(state);
-        let end = self.execute(stops, single);
+        let end = self.execute(stops, how);
         self.save(state);
         end
     }
@@ -200,8 +212,8 @@ impl Guest {
         state.x87 = cpu.x87;
     }
 
-    /// Runs block by block or, so that both ways of decoding are tested, instruction by instruction.
-    fn execute(&mut self, stops: impl Fn(u64) -> bool, single: bool) -> End {
+    /// Runs in one of the ways.
+    fn execute(&mut self, stops: impl Fn(u64) -> bool, how: How) -> End {
         // More than any case needs, with repeated string instructions counted as often as they are interrupted.
         for _ in 0..2000 {
             if stops(self.engine.cpu.rip) {
@@ -211,7 +223,11 @@ impl Guest {
                     address: 0,
                 };
             }
-            let Some(exception) = self.engine.run_uncaught(single) else {
+            let raised = match how {
+                How::Translated => self.engine.run_code_uncaught(),
+                _ => self.engine.run_uncaught(how == How::Single),
+            };
+            let Some(exception) = raised else {
                 continue;
             };
             return match exception {

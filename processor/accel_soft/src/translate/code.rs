@@ -1,0 +1,366 @@
+//! A compiler of blocks: its state, memory operands and the flags around them.
+//!
+//! A block is translated instruction by instruction. An instruction with a memory operand becomes: the address into R9, a
+//! look-up in the translation buffer, which makes it a host address, and the instruction itself with that for its operand.
+//! What is unusual goes out of line, where the interpreter does the whole instruction.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::emit::{Asm, Label, Opcode, R9, R10, RAX, Reg, Rm, cc, hot, mem, op, op64};
+use super::hot::at;
+use super::registers::{ADDRESS, Place, SCRATCH, place};
+use super::stubs::Stubs;
+use crate::cpu::{Ea, FLAT, Mode, Op};
+use crate::mmu::{DATA_ENTRIES, SLOT_ROTATION};
+
+/// Offsets in an entry of the translation buffer.
+const READ: i32 = 0;
+const WRITE: i32 = 8;
+const HOST: i32 = 16;
+const FLAG: i32 = 24;
+
+/// What goes out of line.
+pub(crate) enum Cold {
+    /// The interpreter does the operation.
+    Slow {
+        from: Label,
+        back: Label,
+        op: u32,
+        flags_saved: bool,
+    },
+    /// A store has hit a watched page.
+    Watched {
+        from: Label,
+        flags_saved: bool,
+        next: Target,
+        /// Instructions of the block that are not executed then.
+        rest: i32,
+    },
+    /// The way to a place that may not be translated yet.
+    Link { from: Label, link: u32 },
+    /// An event at a jump to a place in the page.
+    Event { from: Label, target: i32 },
+    /// There is no code for the target of a branch, which the interpreter does anew.
+    Missed {
+        from: Label,
+        op: u32,
+        /// What the branch has added to RSP.
+        stack: i32,
+        flags_saved: bool,
+    },
+}
+
+/// Where to go on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Target {
+    /// A place relative to the page.
+    Page(i32),
+    /// An address that was kept.
+    Saved,
+}
+
+/// A jump that waits for its target to be translated.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Link {
+    /// Where in the code the distance is.
+    pub(crate) place: u64,
+    /// The target, relative to the page.
+    pub(crate) target: i32,
+}
+
+/// The state of compiling a block.
+pub(crate) struct Compiler<'a> {
+    pub(crate) asm: &'a mut Asm,
+    pub(crate) stubs: Stubs,
+    pub(crate) mode: Mode,
+    /// Place of the block in its page.
+    pub(crate) start: i32,
+    /// Its instructions.
+    pub(crate) count: i32,
+    /// Number of its first operation.
+    pub(crate) first_op: u32,
+    pub(crate) cold: Vec<Cold>,
+    /// Links: the place of the distance in the code so far, and the target.
+    pub(crate) links: Vec<(usize, i32)>,
+    /// Number of the first of them.
+    pub(crate) first_link: u32,
+}
+
+/// The instruction at hand.
+#[derive(Clone, Copy)]
+pub(crate) struct At<'i> {
+    pub(crate) i: &'i Instruction,
+    pub(crate) op: &'i Op,
+    /// Its number in the block.
+    pub(crate) k: usize,
+    /// Flags that it or what follows needs.
+    pub(crate) live_before: bool,
+    /// Flags that what follows needs.
+    pub(crate) live_after: bool,
+}
+
+impl Compiler<'_> {
+    pub(crate) fn code64(&self) -> bool {
+        self.mode.is_64bit()
+    }
+
+    /// An opcode of the size of addresses.
+    pub(crate) fn wide(&self, byte: u8) -> Opcode {
+        if self.code64() { op64(byte) } else { op(byte) }
+    }
+
+    pub(crate) fn op_number(&self, at: At) -> u32 {
+        self.first_op + at.k as u32
+    }
+
+    /// The place behind the instruction, relative to the page.
+    pub(crate) fn next_place(&self, at: At) -> i32 {
+        self.start + i32::from(at.op.next)
+    }
+
+    /// Keeps the status flags in memory.
+    pub(crate) fn save_flags(&mut self) {
+        self.asm.store(hot(at::SAVED_REGISTER), RAX);
+        // LAHF, SETO AL.
+        self.asm.u8(0x9f);
+        self.asm.bytes.extend_from_slice(&[0x0f, 0x90, 0xc0]);
+        self.asm.ins(op(0x89), RAX, hot(at::SAVED_FLAGS));
+        self.asm.load(RAX, hot(at::SAVED_REGISTER));
+    }
+
+    /// Takes them out again. R9 and R10 are kept.
+    pub(crate) fn restore_flags(&mut self) {
+        self.asm.store(hot(at::SAVED_REGISTER), RAX);
+        self.asm.ins(op(0x8b), RAX, hot(at::SAVED_FLAGS));
+        // ADD AL, 127; SAHF.
+        self.asm.bytes.extend_from_slice(&[0x04, 0x7f, 0x9e]);
+        self.asm.load(RAX, hot(at::SAVED_REGISTER));
+    }
+
+    /// The guest register in a host register: its own, or `temporary`, loaded.
+    fn source(&mut self, guest: Register, temporary: Reg) -> Option<Reg> {
+        match place(guest.number() as u8) {
+            Place::Host(reg) => Some(reg),
+            Place::Frame(at) => {
+                self.asm.load(temporary, hot(at));
+                Some(temporary)
+            }
+        }
+    }
+
+    /// The effective address of the memory operand, without segment, into `to`. Uses R9 and R10. False: it can't be done.
+    pub(crate) fn effective_address(&mut self, at: At, to: Reg) -> bool {
+        let i = at.i;
+        let (base, index) = (i.memory_base(), i.memory_index());
+        if matches!(base, Register::RIP | Register::EIP) {
+            let relative = i.ip_rel_memory_address() as i64 + i64::from(self.start);
+            let Ok(relative) = i32::try_from(relative) else {
+                return false;
+            };
+            if base == Register::EIP {
+                return false;
+            }
+            self.asm.load(to, hot(at::PAGE));
+            self.asm.lea(to, mem(to, relative));
+            return true;
+        }
+        let wide = match at.op.ea() {
+            Ea::Flat64 => true,
+            Ea::Flat32 | Ea::Long32 => false,
+            _ => return false,
+        };
+        let lea = if wide { op64(0x8d) } else { op(0x8d) };
+        let displacement = if wide {
+            let d = i.memory_displacement64() as i64;
+            match i32::try_from(d) {
+                Ok(d) => d,
+                Err(_) => return false,
+            }
+        } else {
+            i.memory_displacement64() as u32 as i32
+        };
+        let base = match base {
+            Register::None => None,
+            r if r.is_gpr64() || r.is_gpr32() => self.source(r, R9),
+            _ => return false,
+        };
+        let index = match index {
+            Register::None => None,
+            r if r.is_gpr64() || r.is_gpr32() => {
+                let scale = i.memory_index_scale().trailing_zeros() as u8;
+                let temporary = if base == Some(R9) { R10 } else { R9 };
+                self.source(r, temporary).map(|r| (r, scale))
+            }
+            _ => return false,
+        };
+        self.asm.ins(lea, to, Rm::Mem(base, index, displacement));
+        true
+    }
+
+    /// The linear address of the memory operand into R9. False: it can't be done.
+    pub(crate) fn linear_address(&mut self, at: At) -> bool {
+        if !self.effective_address(at, ADDRESS) {
+            return false;
+        }
+        if at.op.seg < FLAT {
+            self.asm
+                .load(SCRATCH, hot(at::BASES + 8 * i32::from(at.op.seg)));
+            self.asm
+                .lea(ADDRESS, Rm::Mem(Some(ADDRESS), Some((SCRATCH, 0)), 0));
+        }
+        true
+    }
+
+    /// Makes the linear address in R9 a host address, or goes to `slow`. R10 is then the entry. Changes flags.
+    pub(crate) fn translate(&mut self, size: u32, write: bool, slow: Label) {
+        let mask = ((DATA_ENTRIES - 1) << 5) as i32;
+        self.asm.mov(R10, R9);
+        self.asm.ins(op64(0xc1), 1, Rm::Reg(R10));
+        self.asm.u8(SLOT_ROTATION as u8);
+        self.asm.ins(op64(0x33), R10, Rm::Reg(R9));
+        self.asm.ins(op64(0xc1), 5, Rm::Reg(R10));
+        self.asm.u8(7);
+        self.asm.ins(op(0x81), 4, Rm::Reg(R10));
+        self.asm.i32(mask);
+        self.asm.ins(op64(0x03), R10, hot(at::TLB));
+        self.asm
+            .ins(op64(0x2b), R9, mem(R10, if write { WRITE } else { READ }));
+        self.asm.alu_i(7, R9, 4096 - size as i32);
+        self.asm.jcc(cc::A, slow);
+        self.asm.ins(op64(0x03), R9, mem(R10, HOST));
+    }
+
+    /// Goes to `slow` unless R9 is a multiple of `align`. Changes flags.
+    pub(crate) fn check_alignment(&mut self, align: u8, slow: Label) {
+        self.asm.ins(
+            Opcode {
+                rex: true,
+                ..op(0xf6)
+            },
+            0,
+            Rm::Reg(R9),
+        );
+        self.asm.u8(align - 1);
+        self.asm.jcc(cc::NE, slow);
+    }
+
+    /// After a store, with the entry in R10: leaves the block if somebody watches the page. Changes flags.
+    pub(crate) fn look_at_watch(&mut self, at: At, flags_saved: bool, next: Target) {
+        let from = self.asm.label();
+        self.asm.load(R10, mem(R10, FLAG));
+        self.asm.ins(op(0x80), 7, mem(R10, 0));
+        self.asm.u8(0);
+        self.asm.jcc(cc::NE, from);
+        self.cold.push(Cold::Watched {
+            from,
+            flags_saved,
+            next,
+            rest: self.count - 1 - at.k as i32,
+        });
+    }
+
+    /// Counts instructions. Uses R9.
+    pub(crate) fn count_instructions(&mut self, by: i32) {
+        self.asm.load(R9, hot(at::INSTRUCTIONS));
+        self.asm.lea(R9, mem(R9, by));
+        self.asm.store(hot(at::INSTRUCTIONS), R9);
+    }
+
+    /// The interpreter does this operation, here.
+    pub(crate) fn call_interpreter(&mut self, at: At) {
+        let number = self.op_number(at);
+        self.asm.mov_u32(R10, number);
+        self.asm.call(self.stubs.run_op);
+    }
+
+    /// The interpreter does this operation, which ends the block.
+    pub(crate) fn end_by_interpreter(&mut self, at: At) {
+        let number = self.op_number(at);
+        self.asm.mov_u32(R10, number);
+        self.asm.jmp(self.stubs.run_last);
+    }
+
+    /// R9 becomes an address relative to the page.
+    pub(crate) fn address_in_page(&mut self, target: i32) {
+        self.asm.load(R9, hot(at::PAGE));
+        self.asm.ins(self.wide(0x8d), R9, mem(R9, target));
+    }
+
+    /// Puts what goes out of line behind the block.
+    pub(crate) fn finish(&mut self) {
+        for cold in std::mem::take(&mut self.cold) {
+            match cold {
+                Cold::Slow {
+                    from,
+                    back,
+                    op,
+                    flags_saved,
+                } => {
+                    self.asm.bind(from);
+                    if flags_saved {
+                        self.restore_flags();
+                    }
+                    self.asm.mov_u32(R10, op);
+                    self.asm.call(self.stubs.run_op);
+                    self.asm.jmp_label(back);
+                }
+                Cold::Watched {
+                    from,
+                    flags_saved,
+                    next,
+                    rest,
+                } => {
+                    self.asm.bind(from);
+                    if rest != 0 {
+                        self.count_instructions(-rest);
+                    }
+                    if flags_saved {
+                        self.restore_flags();
+                    }
+                    match next {
+                        Target::Page(place) => self.address_in_page(place),
+                        Target::Saved => self.asm.load(R9, hot(at::SAVED_ENTRY)),
+                    }
+                    self.asm.store(hot(at::RIP), R9);
+                    self.asm.jmp(self.stubs.wrote);
+                }
+                Cold::Link { from, link } => {
+                    self.asm.bind(from);
+                    self.asm.mov_u32(R10, link);
+                    self.asm.jmp(self.stubs.link);
+                }
+                Cold::Event { from, target } => {
+                    self.asm.bind(from);
+                    self.asm.mov(super::emit::RCX, R10);
+                    self.address_in_page(target);
+                    self.asm.store(hot(at::RIP), R9);
+                    self.asm.jmp(self.stubs.exit);
+                }
+                Cold::Missed {
+                    from,
+                    op,
+                    stack,
+                    flags_saved,
+                } => {
+                    self.asm.bind(from);
+                    if flags_saved {
+                        self.restore_flags();
+                    }
+                    if stack != 0 {
+                        let reg = super::registers::STACK;
+                        self.asm.ins(self.wide(0x8d), reg, mem(reg, -stack));
+                    }
+                    self.asm.mov_u32(R10, op);
+                    self.asm.jmp(self.stubs.run_last);
+                }
+            }
+        }
+    }
+
+    /// Bytes of the memory operand, when they are known and not too many.
+    pub(crate) fn memory_bytes(i: &Instruction) -> Option<u32> {
+        let has = (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory);
+        let size = i.memory_size().size() as u32;
+        (has && matches!(size, 1 | 2 | 4 | 8 | 16 | 32)).then_some(size)
+    }
+}
