@@ -11,6 +11,7 @@ mod args;
 mod check;
 mod convert;
 mod create;
+mod formats;
 mod info;
 mod layers;
 mod map;

@@ -8,8 +8,10 @@ use block::{
     FileOptions, HostFile, ImplicitFile, LockMode, Medium, OpenGate, RawBackend, Result,
 };
 
+use crate::details::ImageFormat;
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
+use crate::vpc::Vpc;
 
 /// A chain of backing files longer than this is taken for a circle.
 const MAX_CHAIN: u32 = 200;
@@ -77,8 +79,22 @@ pub struct Image {
     pub backend: Rc<dyn BlockBackend>,
     /// The same, if it is a qcow2 image.
     pub qcow2: Option<Rc<Qcow2>>,
+    /// What only tools ask, if it is neither qcow2 nor raw.
+    pub format: Option<Rc<dyn ImageFormat>>,
     /// The file that was opened.
     pub medium: Rc<dyn Medium>,
+}
+
+impl Image {
+    /// An image of a format with nothing but the common sides.
+    fn of<F: BlockBackend + ImageFormat + 'static>(image: Rc<F>, medium: Rc<dyn Medium>) -> Self {
+        Self {
+            backend: image.clone(),
+            qcow2: None,
+            format: Some(image),
+            medium,
+        }
+    }
 }
 
 /// Opens image files and what they name.
@@ -153,6 +169,7 @@ async fn open_with_overlay(name: &str, options: &ImageOptions) -> Result<Image> 
     Ok(Image {
         backend: overlay.clone(),
         qcow2: Some(overlay),
+        format: None,
         medium,
     })
 }
@@ -264,6 +281,7 @@ impl Opener {
                 Ok(Image {
                     backend,
                     qcow2: None,
+                    format: None,
                     medium,
                 })
             }
@@ -279,10 +297,15 @@ impl Opener {
                 Ok(Image {
                     backend: image.clone(),
                     qcow2: Some(image),
+                    format: None,
                     medium,
                 })
             }
-            "qed" | "vmdk" | "vhdx" | "vpc" | "luks" | "vdi" | "parallels" => {
+            "vpc" => {
+                let image = Vpc::open(medium.clone(), self, self.options.backing).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "qed" | "vmdk" | "vhdx" | "luks" | "vdi" | "parallels" => {
                 let message = format!("'{}': the format {format} is not supported", medium.name());
                 Err(BlockError::unsupported(message))
             }
