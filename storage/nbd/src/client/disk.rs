@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use block::executor::Socket;
 use block::{
     BlockBackend, BlockError, BlockFuture, ErrorKind, Extent, ExtentKind, ExtentQuery, HostRange,
     IoBuf, Limits, Medium, Result, SparseRange, ZeroFlags, push_merged,
@@ -28,12 +29,21 @@ impl NbdDisk {
     /// One line that says what the server or the host refused; `ReadOnly` if `write` is asked of a
     /// read-only export.
     pub async fn connect(name: &NbdName, write: bool) -> Result<Rc<Self>> {
+        Self::over(name.address.connect().await?, name, write).await
+    }
+
+    /// [`Self::connect`] over a connection that is there already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::connect`].
+    pub async fn over(socket: Socket, name: &NbdName, write: bool) -> Result<Rc<Self>> {
         let tls = match (&name.certificates, name.tls) {
             (_, false) => None,
             (Some(folder), true) => Some(TlsClient::load(folder, None)?),
             (None, true) => Some(TlsClient::load_default()?),
         };
-        let (transport, reader, agreed) = handshake::connect(name, tls.as_ref()).await?;
+        let (transport, reader, agreed) = handshake::connect(socket, name, tls.as_ref()).await?;
         let uri = name.uri();
         if write && agreed.flags.contains(TransmissionFlags::READ_ONLY) {
             transport.shutdown();

@@ -59,8 +59,8 @@ struct Talk {
 
 impl Talk {
     /// Connects and greets, under TLS if there are credentials.
-    async fn begin(address: &Address, tls: Option<&TlsClient>) -> Result<Self> {
-        let mut talk = Self::greet(address.connect().await?).await?;
+    async fn begin(socket: Socket, host: &str, tls: Option<&TlsClient>) -> Result<Self> {
+        let mut talk = Self::greet(socket).await?;
         let Some(tls) = tls else { return Ok(talk) };
         if talk.simple_option(OptionType::STARTTLS).await?.is_some() {
             return Err(broken("the server has no TLS"));
@@ -68,10 +68,6 @@ impl Talk {
         if talk.reader.buffered() > 0 {
             return Err(broken("the server sent plain text after agreeing to TLS"));
         }
-        let host = match address {
-            Address::Tcp(host, _) => host.as_str(),
-            Address::Unix(_) => "localhost",
-        };
         drop(talk.reader);
         let Some(Transport::Plain(socket)) = Rc::into_inner(talk.transport) else {
             return Err(broken("TLS cannot start"));
@@ -169,12 +165,21 @@ fn refusal(export: &str, (reply, data): &Reply) -> BlockError {
     broken(&format!("the server refuses the export '{export}': {why}"))
 }
 
-/// Connects to an export.
+/// The name that a server's certificate must be for.
+fn host(address: &Address) -> &str {
+    match address {
+        Address::Tcp(host, _) => host,
+        Address::Unix(_) => "localhost",
+    }
+}
+
+/// Chooses an export of the server behind `socket`.
 pub(super) async fn connect(
+    socket: Socket,
     name: &NbdName,
     tls: Option<&TlsClient>,
 ) -> Result<(Rc<Transport>, Reader, Agreed)> {
-    let mut talk = Talk::begin(&name.address, tls).await?;
+    let mut talk = Talk::begin(socket, host(&name.address), tls).await?;
     let (structured, extended) = talk.reply_form().await?;
     let mut agreed = Agreed {
         size: 0,
@@ -253,7 +258,8 @@ fn apply_infos(replies: &[Reply], agreed: &mut Agreed) -> Result<()> {
 ///
 /// If the server cannot be reached or refuses to list.
 pub async fn list(address: &Address, tls: Option<&TlsClient>) -> Result<Vec<Listed>> {
-    let mut talk = Talk::begin(address, tls).await?;
+    let socket = address.connect().await?;
+    let mut talk = Talk::begin(socket, host(address), tls).await?;
     let (structured, _) = talk.reply_form().await?;
     let replies = talk.option(OptionType::LIST, &[]).await?;
     if let Some(reply) = replies.last().filter(|(reply, _)| reply.is_error()) {
