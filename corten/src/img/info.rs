@@ -16,7 +16,7 @@ struct Layer {
     format: &'static str,
     size: u64,
     file_length: u64,
-    disk_size: u64,
+    disk_size: Option<u64>,
     image: Image,
 }
 
@@ -85,14 +85,20 @@ fn below(layer: &Layer) -> Option<(String, Option<String>)> {
 
 async fn look(name: &str, options: &ImageOptions) -> Result<Layer, Failure> {
     let image = open_image(name, options).await?;
-    let metadata = std::fs::metadata(local_path(name)?)
-        .map_err(|e| Failure::plain(format!("cannot look at '{name}': {e}")))?;
+    let disk_size = if nbd::NbdName::is_nbd(name) {
+        // Only the server knows.
+        None
+    } else {
+        let metadata = std::fs::metadata(local_path(name)?)
+            .map_err(|e| Failure::plain(format!("cannot look at '{name}': {e}")))?;
+        Some(metadata.blocks() * 512)
+    };
     Ok(Layer {
         name: name.to_owned(),
         format: image.backend.format_name(),
         size: image.backend.limits().size,
         file_length: image.medium.len(),
-        disk_size: metadata.blocks() * 512,
+        disk_size,
         image,
     })
 }
@@ -146,7 +152,7 @@ fn as_text(layer: &Layer) -> String {
             human_size(layer.size),
             layer.size
         ),
-        format!("disk size: {}", human_size(layer.disk_size)),
+        format!("disk size: {}", shown_disk_size(layer)),
     ];
     let description = layer.image.format.as_ref().map(|f| f.describe());
     if description.as_ref().is_some_and(|d| d.encrypted) {
@@ -198,7 +204,7 @@ fn as_text(layer: &Layer) -> String {
         "    file length: {} ({length} bytes)",
         human_size(length)
     ));
-    lines.push(format!("    disk size: {}", human_size(layer.disk_size)));
+    lines.push(format!("    disk size: {}", shown_disk_size(layer)));
     lines.join("\n")
 }
 
@@ -208,6 +214,12 @@ fn cluster_size(layer: &Layer) -> Option<u64> {
         Some(qcow2) => Some(qcow2.cluster_size()),
         None => layer.image.format.as_ref()?.describe().cluster_size,
     }
+}
+
+fn shown_disk_size(layer: &Layer) -> String {
+    layer
+        .disk_size
+        .map_or_else(|| "unavailable".to_owned(), human_size)
 }
 
 /// Files count in whole sectors.

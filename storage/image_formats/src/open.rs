@@ -8,6 +8,9 @@ use block::{
     FileOptions, HostFile, ImplicitFile, LockMode, Medium, OpenGate, RawBackend, Result,
 };
 
+use nbd::NbdName;
+use nbd::client::{NbdDisk, NbdMedium};
+
 use crate::details::ImageFormat;
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
@@ -254,9 +257,32 @@ impl Opener {
     }
 
     async fn open(&self, name: &str) -> Result<Image> {
+        if NbdName::is_nbd(name) {
+            return self.open_nbd(name).await;
+        }
         let path = local_path(name)?;
         let medium: Rc<dyn Medium> = Rc::new(HostFile::open(&path, &self.file_options())?);
         self.open_format(medium).await
+    }
+
+    /// Opens an export of an NBD server, and the image in it.
+    async fn open_nbd(&self, name: &str) -> Result<Image> {
+        let disk = NbdDisk::connect(&NbdName::parse(name)?, self.options.write).await?;
+        let medium: Rc<dyn Medium> = Rc::new(NbdMedium(disk.clone()));
+        let format = match &self.options.format {
+            Some(format) => format.as_str(),
+            None => probe(&*medium).await?,
+        };
+        if format != "raw" {
+            return self.open_format(medium).await;
+        }
+        // The server knows where the data is; a medium cannot ask it.
+        Ok(Image {
+            backend: disk,
+            qcow2: None,
+            format: None,
+            medium,
+        })
     }
 
     /// Opens what is in `medium`, by the format asked for or guessed.
