@@ -5,8 +5,11 @@
 
 pub mod copy;
 pub mod deflate;
+#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod details;
+#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod fields;
+#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod mapped;
 mod new;
 mod open;
