@@ -105,6 +105,8 @@ impl Image {
 pub struct Opener {
     options: ImageOptions,
     depth: u32,
+    /// Device and inode of the files whose backing files are being opened.
+    above: Vec<(u64, u64)>,
 }
 
 /// Opens an image and everything below it, on this thread's executor.
@@ -119,6 +121,7 @@ pub async fn open_image(name: &str, options: &ImageOptions) -> Result<Image> {
     Opener {
         options: options.clone(),
         depth: 0,
+        above: Vec::new(),
     }
     .open(name)
     .await
@@ -151,6 +154,7 @@ async fn open_with_overlay(name: &str, options: &ImageOptions) -> Result<Image> 
     let base = Opener {
         options: below,
         depth: 0,
+        above: Vec::new(),
     }
     .open(name)
     .await?;
@@ -238,7 +242,11 @@ pub fn resolve_name(base: &str, name: &str) -> String {
 impl Opener {
     /// A gate that opens what images name under the given policies.
     pub fn new(options: ImageOptions) -> Self {
-        Self { options, depth: 0 }
+        Self {
+            options,
+            depth: 0,
+            above: Vec::new(),
+        }
     }
 
     fn file_options(&self) -> FileOptions {
@@ -387,8 +395,27 @@ impl Opener {
         Ok(Self {
             options,
             depth: self.depth + 1,
+            above: self.above.clone(),
         })
     }
+
+    /// As [`Self::below`], for the backing file `name` of `base`. A file below itself is found at once.
+    fn below_file(&self, format: Option<String>, base: &str, name: &str) -> Result<Self> {
+        let mut below = self.below(format, false)?;
+        below.above.extend(identity(base));
+        if identity(name).is_some_and(|file| below.above.contains(&file)) {
+            let message = "the chain of backing files is a circle";
+            return Err(BlockError::invalid_image(message));
+        }
+        Ok(below)
+    }
+}
+
+/// Device and inode of a local file.
+fn identity(name: &str) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let file = std::fs::metadata(local_path(name).ok()?).ok()?;
+    Some((file.dev(), file.ino()))
 }
 
 impl OpenGate for Opener {
@@ -404,7 +431,7 @@ impl OpenGate for Opener {
                 ImplicitFile::Backing { format } => format.clone(),
                 _ => None,
             };
-            let opened = self.below(format, false)?.open(&name).await;
+            let opened = self.below_file(format, base, &name)?.open(&name).await;
             let image = opened.map_err(|e| e.context(format!("{} of '{base}'", why.describe())))?;
             Ok(image.backend)
         })
