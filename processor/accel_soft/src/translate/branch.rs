@@ -2,8 +2,8 @@
 
 use iced_x86::{Code, Mnemonic as M, OpKind};
 
-use super::code::{At, Cold, Compiler, Target};
-use super::emit::{Asm, R9, R10, RBP, RCX, Reg, Rm, hot, mem, op, op64};
+use super::code::{At, Cold, Compiler, Kept, Target};
+use super::emit::{Asm, R14, R15, RBP, RCX, Reg, Rm, hot, mem, op, op64};
 use super::hot::at;
 use super::registers::{ADDRESS, Place, SCRATCH, STACK, place};
 use super::stubs::{jrcxz, lookup};
@@ -20,13 +20,11 @@ impl Compiler<'_> {
         self.code64() || self.mode.contains(Mode::FLAT | Mode::STACK32)
     }
 
-    /// R9 becomes the host address of the slot below RSP, to write; R10 the entry. Flags are saved if they matter.
-    fn slot_to_push(&mut self, at: At) -> super::emit::Label {
+    /// R14 becomes the host address of the slot below RSP, to write; R15 the entry. Flags are saved if they matter.
+    fn slot_to_push(&mut self, kept: Kept) -> super::emit::Label {
         let (slow, slot) = (self.asm.label(), self.slot());
         self.asm.ins(self.wide(0x8d), ADDRESS, mem(STACK, -slot));
-        if at.live_before {
-            self.save_flags();
-        }
+        self.keep_flags(kept);
         self.translate(slot as u32, true, slow);
         slow
     }
@@ -44,13 +42,11 @@ impl Compiler<'_> {
         self.asm.jcc(super::emit::cc::A, slow);
     }
 
-    /// R9 becomes the host address of what RSP points to, to read.
+    /// R14 becomes the host address of what RSP points to, to read.
     fn slot_to_pop(&mut self, at: At, base: Reg) -> super::emit::Label {
         let slow = self.asm.label();
         self.asm.ins(self.wide(0x8b), ADDRESS, Rm::Reg(base));
-        if at.live_before {
-            self.save_flags();
-        }
+        self.keep_flags(usual(at));
         self.translate(self.slot() as u32, false, slow);
         slow
     }
@@ -61,7 +57,7 @@ impl Compiler<'_> {
             from,
             back,
             op,
-            flags_saved: at.live_before,
+            kept: usual(at),
         });
     }
 
@@ -95,28 +91,37 @@ impl Compiler<'_> {
         if !register && immediate.is_none() {
             return false;
         }
-        let (slow, back) = (self.slot_to_push(at), self.asm.label());
-        self.slow(at, slow, back);
+        let is_rax = register && i.op0_register().number() == 0;
+        let kept = match usual(at) {
+            Kept::InAx if is_rax => Kept::InMemory,
+            kept => kept,
+        };
+        let (slow, back) = (self.slot_to_push(kept), self.asm.label());
+        let op = self.op_number(at);
+        self.cold.push(Cold::Slow {
+            from: slow,
+            back,
+            op,
+            kept,
+        });
         if let Some(value) = immediate {
-            self.asm.ins(self.wide(0xc7), 0, mem(R9, 0));
+            self.asm.ins(self.wide(0xc7), 0, mem(R14, 0));
             self.asm.i32(value);
         } else {
             match place(i.op0_register().number() as u8) {
-                Place::Host(reg) => self.asm.ins(self.wide(0x89), reg, mem(R9, 0)),
+                Place::Host(reg) => self.asm.ins(self.wide(0x89), reg, mem(R14, 0)),
                 Place::Frame(from) => {
-                    self.asm.store(hot(at::SAVED_ENTRY), R10);
-                    self.asm.load(R10, hot(from));
-                    self.asm.ins(self.wide(0x89), R10, mem(R9, 0));
-                    self.asm.load(R10, hot(at::SAVED_ENTRY));
+                    self.asm.store(hot(at::SAVED_ENTRY), R15);
+                    self.asm.load(R15, hot(from));
+                    self.asm.ins(self.wide(0x89), R15, mem(R14, 0));
+                    self.asm.load(R15, hot(at::SAVED_ENTRY));
                 }
             }
         }
         self.move_stack(-self.slot());
         let next = Target::Page(self.next_place(at));
-        self.look_at_watch(at, at.live_before, next);
-        if at.live_before {
-            self.restore_flags();
-        }
+        self.look_at_watch(at, kept, next);
+        self.restore_flags(kept);
         self.asm.bind(back);
         true
     }
@@ -130,14 +135,12 @@ impl Compiler<'_> {
         }
         let (slow, back) = (self.slot_to_pop(at, STACK), self.asm.label());
         self.slow(at, slow, back);
-        if at.live_before {
-            self.restore_flags();
-        }
+        self.restore_flags(usual(at));
         match place(i.op0_register().number() as u8) {
-            Place::Host(reg) => self.asm.ins(self.wide(0x8b), reg, mem(R9, 0)),
+            Place::Host(reg) => self.asm.ins(self.wide(0x8b), reg, mem(R14, 0)),
             Place::Frame(to) => {
-                self.asm.ins(self.wide(0x8b), R10, mem(R9, 0));
-                self.asm.store(hot(to), R10);
+                self.asm.ins(self.wide(0x8b), R15, mem(R14, 0));
+                self.asm.store(hot(to), R15);
             }
         }
         self.move_stack(self.slot());
@@ -148,11 +151,9 @@ impl Compiler<'_> {
     fn leave(&mut self, at: At) -> bool {
         let (slow, back) = (self.slot_to_pop(at, RBP), self.asm.label());
         self.slow(at, slow, back);
-        if at.live_before {
-            self.restore_flags();
-        }
+        self.restore_flags(usual(at));
         self.asm.ins(self.wide(0x8d), STACK, mem(RBP, self.slot()));
-        self.asm.ins(self.wide(0x8b), RBP, mem(R9, 0));
+        self.asm.ins(self.wide(0x8b), RBP, mem(R14, 0));
         self.asm.bind(back);
         true
     }
@@ -249,9 +250,25 @@ impl Compiler<'_> {
         self.go(at, next);
     }
 
-    /// Leaves if another thread has raised an event. Keeps flags. The next address is a place in the page, or R9, which is kept.
+    /// Leaves if another thread has raised an event. Keeps flags. The next address is a place in the page, or R14, which is kept.
     fn look_at_events(&mut self, target: Option<i32>) {
-        self.asm.mov(R10, RCX);
+        if let Some(target) = target
+            && self.successors.live_at(target) == 0
+        {
+            // Flags don't matter there.
+            let label = self.asm.label();
+            self.asm.load(R14, hot(at::EVENTS));
+            self.asm.ins(op(0x83), 7, mem(R14, 0));
+            self.asm.u8(0);
+            self.asm.jcc(super::emit::cc::NE, label);
+            self.cold.push(Cold::Event {
+                from: label,
+                target,
+                rcx_kept: false,
+            });
+            return;
+        }
+        self.asm.mov(R15, RCX);
         self.asm.load(RCX, hot(at::EVENTS));
         self.asm.ins(op(0x8b), RCX, mem(RCX, 0));
         jrcxz(self.asm, 0);
@@ -262,38 +279,37 @@ impl Compiler<'_> {
             self.cold.push(Cold::Event {
                 from: label,
                 target,
+                rcx_kept: true,
             });
         } else {
-            self.asm.mov(RCX, R10);
-            self.asm.store(hot(at::RIP), R9);
+            self.asm.mov(RCX, R15);
+            self.asm.store(hot(at::RIP), R14);
             let exit = self.stubs.exit;
             self.asm.jmp(exit);
         }
         let distance = self.asm.len() - from;
         self.asm.bytes[from - 1] = distance as u8;
-        self.asm.mov(RCX, R10);
+        self.asm.mov(RCX, R15);
     }
 
-    /// Pushes the address of the next instruction. The host address is in R9, the entry in R10.
+    /// Pushes the address of the next instruction. The host address is in R14, the entry in R15.
     fn put_return_address(&mut self, at: At) {
         let next = self.next_place(at);
-        self.asm.store(hot(at::KEPT_ENTRY), R10);
+        self.asm.store(hot(at::KEPT_ENTRY), R15);
         self.asm.load(SCRATCH, hot(at::PAGE));
         self.asm.ins(self.wide(0x8d), SCRATCH, mem(SCRATCH, next));
-        self.asm.ins(self.wide(0x89), SCRATCH, mem(R9, 0));
-        self.asm.load(R10, hot(at::KEPT_ENTRY));
+        self.asm.ins(self.wide(0x89), SCRATCH, mem(R14, 0));
+        self.asm.load(R15, hot(at::KEPT_ENTRY));
         self.move_stack(-self.slot());
     }
 
     fn call_near(&mut self, at: At) -> bool {
         let target = self.near_target(at);
-        let slow = self.slot_to_push(at);
+        let slow = self.slot_to_push(usual(at));
         self.missed(at, slow, 0);
         self.put_return_address(at);
-        self.look_at_watch(at, at.live_before, Target::Page(target));
-        if at.live_before {
-            self.restore_flags();
-        }
+        self.look_at_watch(at, usual(at), Target::Page(target));
+        self.restore_flags(usual(at));
         self.go(at, target);
         true
     }
@@ -305,11 +321,11 @@ impl Compiler<'_> {
             from,
             op,
             stack,
-            flags_saved: at.live_before,
+            kept: usual(at),
         });
     }
 
-    /// Looks the target in R9 up; where there is no code, undoes what was done to RSP and lets the interpreter branch.
+    /// Looks the target in R14 up; where there is no code, undoes what was done to RSP and lets the interpreter branch.
     fn go_to_address(&mut self, at: At, stack: i32) {
         self.look_at_events_before_branch(at, stack);
         let label = self.asm.label();
@@ -321,18 +337,18 @@ impl Compiler<'_> {
             from: label,
             op,
             stack,
-            flags_saved: false,
+            kept: Kept::Nowhere,
         });
     }
 
     /// As [`Self::look_at_events`]; the interpreter does the branch in that case.
     fn look_at_events_before_branch(&mut self, at: At, stack: i32) {
-        self.asm.mov(R10, RCX);
+        self.asm.mov(R15, RCX);
         self.asm.load(RCX, hot(at::EVENTS));
         self.asm.ins(op(0x8b), RCX, mem(RCX, 0));
         jrcxz(self.asm, 0);
         let from = self.asm.len();
-        self.asm.mov(RCX, R10);
+        self.asm.mov(RCX, R15);
         let label = self.asm.label();
         self.asm.jmp_label(label);
         let op = self.op_number(at);
@@ -340,19 +356,19 @@ impl Compiler<'_> {
             from: label,
             op,
             stack,
-            flags_saved: false,
+            kept: Kept::Nowhere,
         });
         let distance = self.asm.len() - from;
         self.asm.bytes[from - 1] = distance as u8;
-        self.asm.mov(RCX, R10);
+        self.asm.mov(RCX, R15);
     }
 
     fn ret(&mut self, at: At) -> bool {
-        let usual = matches!(
+        let near = matches!(
             at.i.code(),
             Code::Retnq | Code::Retnq_imm16 | Code::Retnd | Code::Retnd_imm16
         );
-        if !usual || self.code64() != matches!(at.i.code(), Code::Retnq | Code::Retnq_imm16) {
+        if !near || self.code64() != matches!(at.i.code(), Code::Retnq | Code::Retnq_imm16) {
             return false;
         }
         let more = if at.i.op_count() == 1 {
@@ -362,17 +378,15 @@ impl Compiler<'_> {
         };
         let slow = self.slot_to_pop(at, STACK);
         self.missed(at, slow, 0);
-        if at.live_before {
-            self.restore_flags();
-        }
-        self.asm.ins(self.wide(0x8b), R9, mem(R9, 0));
+        self.restore_flags(usual(at));
+        self.asm.ins(self.wide(0x8b), R14, mem(R14, 0));
         let by = self.slot() + more;
         self.move_stack(by);
         self.go_to_address(at, by);
         true
     }
 
-    /// The target of an indirect branch into R9. False: it can't be done here.
+    /// The target of an indirect branch into R14. False: it can't be done here.
     fn target(&mut self, at: At) -> bool {
         let i = at.i;
         let size = if self.code64() { 8 } else { 4 };
@@ -382,8 +396,8 @@ impl Compiler<'_> {
                 return false;
             }
             match place(register.number() as u8) {
-                Place::Host(reg) => self.asm.ins(self.wide(0x8b), R9, Rm::Reg(reg)),
-                Place::Frame(from) => self.asm.load(R9, hot(from)),
+                Place::Host(reg) => self.asm.ins(self.wide(0x8b), R14, Rm::Reg(reg)),
+                Place::Frame(from) => self.asm.load(R14, hot(from)),
             }
             return true;
         }
@@ -399,15 +413,11 @@ impl Compiler<'_> {
             return false;
         }
         let slow = self.asm.label();
-        if at.live_before {
-            self.save_flags();
-        }
+        self.keep_flags(usual(at));
         self.translate(size as u32, false, slow);
         self.missed(at, slow, 0);
-        self.asm.ins(self.wide(0x8b), R9, mem(R9, 0));
-        if at.live_before {
-            self.restore_flags();
-        }
+        self.asm.ins(self.wide(0x8b), R14, mem(R14, 0));
+        self.restore_flags(usual(at));
         true
     }
 
@@ -426,10 +436,8 @@ impl Compiler<'_> {
             self.go_to_address(at, 0);
             return true;
         }
-        self.asm.store(hot(at::SAVED_ENTRY), R9);
-        if at.live_before {
-            self.save_flags();
-        }
+        self.asm.store(hot(at::SAVED_ENTRY), R14);
+        self.keep_flags(usual(at));
         let slow = self.asm.label();
         self.check_kept_target(slow);
         let slot = self.slot();
@@ -437,13 +445,20 @@ impl Compiler<'_> {
         self.translate(slot as u32, true, slow);
         self.missed(at, slow, 0);
         self.put_return_address(at);
-        self.look_at_watch(at, at.live_before, Target::Saved);
-        if at.live_before {
-            self.restore_flags();
-        }
-        self.asm.load(R9, hot(at::SAVED_ENTRY));
+        self.look_at_watch(at, usual(at), Target::Saved);
+        self.restore_flags(usual(at));
+        self.asm.load(R14, hot(at::SAVED_ENTRY));
         self.go_to_address(at, -self.slot());
         true
+    }
+}
+
+/// Where flags that matter are kept while an address is looked up.
+fn usual(at: At) -> Kept {
+    if at.live_before {
+        Kept::InAx
+    } else {
+        Kept::Nowhere
     }
 }
 

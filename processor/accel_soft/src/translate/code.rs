@@ -1,13 +1,14 @@
 //! A compiler of blocks: its state, memory operands and the flags around them.
 //!
-//! A block is translated instruction by instruction. An instruction with a memory operand becomes: the address into R9, a
+//! A block is translated instruction by instruction. An instruction with a memory operand becomes: the address into R14, a
 //! look-up in the translation buffer, which makes it a host address, and the instruction itself with that for its operand.
 //! What is unusual goes out of line, where the interpreter does the whole instruction.
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::emit::{Asm, Label, Opcode, R9, R10, RAX, Reg, Rm, cc, hot, mem, op, op64};
+use super::emit::{Asm, Label, Opcode, R14, R15, RAX, Reg, Rm, cc, hot, mem, op, op64};
 use super::hot::at;
+use super::liveness::Successors;
 use super::registers::{ADDRESS, Place, SCRATCH, place};
 use super::stubs::Stubs;
 use crate::cpu::{Ea, FLAT, Mode, Op};
@@ -19,6 +20,17 @@ const WRITE: i32 = 8;
 const HOST: i32 = 16;
 const FLAG: i32 = 24;
 
+/// Where the guest's status flags are while the host's are used for something else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// They don't matter.
+    Nowhere,
+    /// In AX, as LAHF and SETO give them; RAX is in memory.
+    InAx,
+    /// In memory.
+    InMemory,
+}
+
 /// What goes out of line.
 pub(crate) enum Cold {
     /// The interpreter does the operation.
@@ -26,12 +38,12 @@ pub(crate) enum Cold {
         from: Label,
         back: Label,
         op: u32,
-        flags_saved: bool,
+        kept: Kept,
     },
     /// A store has hit a watched page.
     Watched {
         from: Label,
-        flags_saved: bool,
+        kept: Kept,
         next: Target,
         /// Instructions of the block that are not executed then.
         rest: i32,
@@ -39,14 +51,19 @@ pub(crate) enum Cold {
     /// The way to a place that may not be translated yet.
     Link { from: Label, link: u32 },
     /// An event at a jump to a place in the page.
-    Event { from: Label, target: i32 },
+    Event {
+        from: Label,
+        target: i32,
+        /// RCX is in R15.
+        rcx_kept: bool,
+    },
     /// There is no code for the target of a branch, which the interpreter does anew.
     Missed {
         from: Label,
         op: u32,
         /// What the branch has added to RSP.
         stack: i32,
-        flags_saved: bool,
+        kept: Kept,
     },
 }
 
@@ -73,6 +90,10 @@ pub(crate) struct Compiler<'a> {
     pub(crate) asm: &'a mut Asm,
     pub(crate) stubs: Stubs,
     pub(crate) mode: Mode,
+    /// The host has RORX.
+    pub(crate) has_rorx: bool,
+    /// Flags that matter where the code goes on at a place in the page.
+    pub(crate) successors: &'a Successors<'a>,
     /// Place of the block in its page.
     pub(crate) start: i32,
     /// Its instructions.
@@ -118,20 +139,31 @@ impl Compiler<'_> {
         self.start + i32::from(at.op.next)
     }
 
-    /// Keeps the status flags in memory.
-    pub(crate) fn save_flags(&mut self) {
+    /// Keeps the status flags where they are wanted.
+    pub(crate) fn keep_flags(&mut self, kept: Kept) {
+        if kept == Kept::Nowhere {
+            return;
+        }
         self.asm.store(hot(at::SAVED_REGISTER), RAX);
         // LAHF, SETO AL.
         self.asm.u8(0x9f);
         self.asm.bytes.extend_from_slice(&[0x0f, 0x90, 0xc0]);
-        self.asm.ins(op(0x89), RAX, hot(at::SAVED_FLAGS));
-        self.asm.load(RAX, hot(at::SAVED_REGISTER));
+        if kept == Kept::InMemory {
+            self.asm.ins(op(0x89), RAX, hot(at::SAVED_FLAGS));
+            self.asm.load(RAX, hot(at::SAVED_REGISTER));
+        }
     }
 
-    /// Takes them out again. R9 and R10 are kept.
-    pub(crate) fn restore_flags(&mut self) {
-        self.asm.store(hot(at::SAVED_REGISTER), RAX);
-        self.asm.ins(op(0x8b), RAX, hot(at::SAVED_FLAGS));
+    /// Takes them out again. R14 and R15 are kept.
+    pub(crate) fn restore_flags(&mut self, kept: Kept) {
+        match kept {
+            Kept::Nowhere => return,
+            Kept::InAx => {}
+            Kept::InMemory => {
+                self.asm.store(hot(at::SAVED_REGISTER), RAX);
+                self.asm.ins(op(0x8b), RAX, hot(at::SAVED_FLAGS));
+            }
+        }
         // ADD AL, 127; SAHF.
         self.asm.bytes.extend_from_slice(&[0x04, 0x7f, 0x9e]);
         self.asm.load(RAX, hot(at::SAVED_REGISTER));
@@ -148,7 +180,7 @@ impl Compiler<'_> {
         }
     }
 
-    /// The effective address of the memory operand, without segment, into `to`. Uses R9 and R10. False: it can't be done.
+    /// The effective address of the memory operand, without segment, into `to`. Uses R14 and R15. False: it can't be done.
     pub(crate) fn effective_address(&mut self, at: At, to: Reg) -> bool {
         let i = at.i;
         let (base, index) = (i.memory_base(), i.memory_index());
@@ -181,14 +213,14 @@ impl Compiler<'_> {
         };
         let base = match base {
             Register::None => None,
-            r if r.is_gpr64() || r.is_gpr32() => self.source(r, R9),
+            r if r.is_gpr64() || r.is_gpr32() => self.source(r, R14),
             _ => return false,
         };
         let index = match index {
             Register::None => None,
             r if r.is_gpr64() || r.is_gpr32() => {
                 let scale = i.memory_index_scale().trailing_zeros() as u8;
-                let temporary = if base == Some(R9) { R10 } else { R9 };
+                let temporary = if base == Some(R14) { R15 } else { R14 };
                 self.source(r, temporary).map(|r| (r, scale))
             }
             _ => return false,
@@ -197,7 +229,7 @@ impl Compiler<'_> {
         true
     }
 
-    /// The linear address of the memory operand into R9. False: it can't be done.
+    /// The linear address of the memory operand into R14. False: it can't be done.
     pub(crate) fn linear_address(&mut self, at: At) -> bool {
         if !self.effective_address(at, ADDRESS) {
             return false;
@@ -211,26 +243,30 @@ impl Compiler<'_> {
         true
     }
 
-    /// Makes the linear address in R9 a host address, or goes to `slow`. R10 is then the entry. Changes flags.
+    /// Makes the linear address in R14 a host address, or goes to `slow`. R15 is then the entry. Changes flags.
     pub(crate) fn translate(&mut self, size: u32, write: bool, slow: Label) {
         let mask = ((DATA_ENTRIES - 1) << 5) as i32;
-        self.asm.mov(R10, R9);
-        self.asm.ins(op64(0xc1), 1, Rm::Reg(R10));
+        if self.has_rorx {
+            self.asm.vex(3, 3, true, false, 0xf0, R15, 0, Rm::Reg(R14));
+        } else {
+            self.asm.mov(R15, R14);
+            self.asm.ins(op64(0xc1), 1, Rm::Reg(R15));
+        }
         self.asm.u8(SLOT_ROTATION as u8);
-        self.asm.ins(op64(0x33), R10, Rm::Reg(R9));
-        self.asm.ins(op64(0xc1), 5, Rm::Reg(R10));
+        self.asm.ins(op64(0x33), R15, Rm::Reg(R14));
+        self.asm.ins(op64(0xc1), 5, Rm::Reg(R15));
         self.asm.u8(7);
-        self.asm.ins(op(0x81), 4, Rm::Reg(R10));
+        self.asm.ins(op(0x81), 4, Rm::Reg(R15));
         self.asm.i32(mask);
-        self.asm.ins(op64(0x03), R10, hot(at::TLB));
+        self.asm.ins(op64(0x03), R15, hot(at::TLB));
         self.asm
-            .ins(op64(0x2b), R9, mem(R10, if write { WRITE } else { READ }));
-        self.asm.alu_i(7, R9, 4096 - size as i32);
+            .ins(op64(0x2b), R14, mem(R15, if write { WRITE } else { READ }));
+        self.asm.alu_i(7, R14, 4096 - size as i32);
         self.asm.jcc(cc::A, slow);
-        self.asm.ins(op64(0x03), R9, mem(R10, HOST));
+        self.asm.ins(op64(0x03), R14, mem(R15, HOST));
     }
 
-    /// Goes to `slow` unless R9 is a multiple of `align`. Changes flags.
+    /// Goes to `slow` unless R14 is a multiple of `align`. Changes flags.
     pub(crate) fn check_alignment(&mut self, align: u8, slow: Label) {
         self.asm.ins(
             Opcode {
@@ -238,52 +274,52 @@ impl Compiler<'_> {
                 ..op(0xf6)
             },
             0,
-            Rm::Reg(R9),
+            Rm::Reg(R14),
         );
         self.asm.u8(align - 1);
         self.asm.jcc(cc::NE, slow);
     }
 
-    /// After a store, with the entry in R10: leaves the block if somebody watches the page. Changes flags.
-    pub(crate) fn look_at_watch(&mut self, at: At, flags_saved: bool, next: Target) {
+    /// After a store, with the entry in R15: leaves the block if somebody watches the page. Changes flags.
+    pub(crate) fn look_at_watch(&mut self, at: At, kept: Kept, next: Target) {
         let from = self.asm.label();
-        self.asm.load(R10, mem(R10, FLAG));
-        self.asm.ins(op(0x80), 7, mem(R10, 0));
+        self.asm.load(R15, mem(R15, FLAG));
+        self.asm.ins(op(0x80), 7, mem(R15, 0));
         self.asm.u8(0);
         self.asm.jcc(cc::NE, from);
         self.cold.push(Cold::Watched {
             from,
-            flags_saved,
+            kept,
             next,
             rest: self.count - 1 - at.k as i32,
         });
     }
 
-    /// Counts instructions. Uses R9.
+    /// Counts instructions. Uses R14.
     pub(crate) fn count_instructions(&mut self, by: i32) {
-        self.asm.load(R9, hot(at::INSTRUCTIONS));
-        self.asm.lea(R9, mem(R9, by));
-        self.asm.store(hot(at::INSTRUCTIONS), R9);
+        self.asm.load(R14, hot(at::INSTRUCTIONS));
+        self.asm.lea(R14, mem(R14, by));
+        self.asm.store(hot(at::INSTRUCTIONS), R14);
     }
 
     /// The interpreter does this operation, here.
     pub(crate) fn call_interpreter(&mut self, at: At) {
         let number = self.op_number(at);
-        self.asm.mov_u32(R10, number);
+        self.asm.mov_u32(R15, number);
         self.asm.call(self.stubs.run_op);
     }
 
     /// The interpreter does this operation, which ends the block.
     pub(crate) fn end_by_interpreter(&mut self, at: At) {
         let number = self.op_number(at);
-        self.asm.mov_u32(R10, number);
+        self.asm.mov_u32(R15, number);
         self.asm.jmp(self.stubs.run_last);
     }
 
-    /// R9 becomes an address relative to the page.
+    /// R14 becomes an address relative to the page.
     pub(crate) fn address_in_page(&mut self, target: i32) {
-        self.asm.load(R9, hot(at::PAGE));
-        self.asm.ins(self.wide(0x8d), R9, mem(R9, target));
+        self.asm.load(R14, hot(at::PAGE));
+        self.asm.ins(self.wide(0x8d), R14, mem(R14, target));
     }
 
     /// Puts what goes out of line behind the block.
@@ -294,19 +330,17 @@ impl Compiler<'_> {
                     from,
                     back,
                     op,
-                    flags_saved,
+                    kept,
                 } => {
                     self.asm.bind(from);
-                    if flags_saved {
-                        self.restore_flags();
-                    }
-                    self.asm.mov_u32(R10, op);
+                    self.restore_flags(kept);
+                    self.asm.mov_u32(R15, op);
                     self.asm.call(self.stubs.run_op);
                     self.asm.jmp_label(back);
                 }
                 Cold::Watched {
                     from,
-                    flags_saved,
+                    kept,
                     next,
                     rest,
                 } => {
@@ -314,43 +348,45 @@ impl Compiler<'_> {
                     if rest != 0 {
                         self.count_instructions(-rest);
                     }
-                    if flags_saved {
-                        self.restore_flags();
-                    }
+                    self.restore_flags(kept);
                     match next {
                         Target::Page(place) => self.address_in_page(place),
-                        Target::Saved => self.asm.load(R9, hot(at::SAVED_ENTRY)),
+                        Target::Saved => self.asm.load(R14, hot(at::SAVED_ENTRY)),
                     }
-                    self.asm.store(hot(at::RIP), R9);
+                    self.asm.store(hot(at::RIP), R14);
                     self.asm.jmp(self.stubs.wrote);
                 }
                 Cold::Link { from, link } => {
                     self.asm.bind(from);
-                    self.asm.mov_u32(R10, link);
+                    self.asm.mov_u32(R15, link);
                     self.asm.jmp(self.stubs.link);
                 }
-                Cold::Event { from, target } => {
+                Cold::Event {
+                    from,
+                    target,
+                    rcx_kept,
+                } => {
                     self.asm.bind(from);
-                    self.asm.mov(super::emit::RCX, R10);
+                    if rcx_kept {
+                        self.asm.mov(super::emit::RCX, R15);
+                    }
                     self.address_in_page(target);
-                    self.asm.store(hot(at::RIP), R9);
+                    self.asm.store(hot(at::RIP), R14);
                     self.asm.jmp(self.stubs.exit);
                 }
                 Cold::Missed {
                     from,
                     op,
                     stack,
-                    flags_saved,
+                    kept,
                 } => {
                     self.asm.bind(from);
-                    if flags_saved {
-                        self.restore_flags();
-                    }
+                    self.restore_flags(kept);
                     if stack != 0 {
                         let reg = super::registers::STACK;
                         self.asm.ins(self.wide(0x8d), reg, mem(reg, -stack));
                     }
-                    self.asm.mov_u32(R10, op);
+                    self.asm.mov_u32(R15, op);
                     self.asm.jmp(self.stubs.run_last);
                 }
             }

@@ -9,9 +9,9 @@ pub(crate) const RSP: Reg = 4;
 pub(crate) const RBP: Reg = 5;
 pub(crate) const RSI: Reg = 6;
 pub(crate) const RDI: Reg = 7;
-pub(crate) const R9: Reg = 9;
-pub(crate) const R10: Reg = 10;
-pub(crate) const R11: Reg = 11;
+pub(crate) const R13: Reg = 13;
+pub(crate) const R14: Reg = 14;
+pub(crate) const R15: Reg = 15;
 
 /// The second operand of an encoding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

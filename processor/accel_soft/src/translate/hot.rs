@@ -11,7 +11,7 @@ use crate::simd::Vectors;
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Hot {
-    /// Guest R9, R10 and R11 while translated code runs.
+    /// Guest R13, R14 and R15 while translated code runs.
     pub(crate) spilled: [u64; 3],
     /// The word of events that other threads raise.
     pub(crate) events: *const AtomicU32,

@@ -5,7 +5,7 @@
 //! | `code` | a compiler of blocks: memory operands, flags, what goes out of line |
 //! | `native` | instructions that are executed as they are |
 //! | `branch` | branches and the stack |
-//! | `shape`, `encoding`, `flags` | what there is to know of an instruction |
+//! | `shape`, `encoding`, `flags`, `liveness` | what there is to know of an instruction |
 //! | `emit`, `memory` | bytes of code, and where they are kept |
 //! | `registers`, `hot`, `home` | where the guest's state is |
 //! | `stubs`, `runtime` | the ways between translated code and Rust |
@@ -22,6 +22,7 @@ mod flags;
 mod home;
 mod hot;
 mod jumps;
+mod liveness;
 mod memory;
 mod native;
 mod registers;
@@ -32,7 +33,7 @@ mod stubs;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use iced_x86::{Decoder, Instruction};
+use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
 
 pub(crate) use home::Home;
 use hot::OpPlace;
@@ -44,6 +45,7 @@ use crate::cpu::{Cpu, Mode, Op};
 use code::{At, Compiler, Link};
 use emit::Asm;
 use encoding::Encoding;
+use liveness::Successors;
 use memory::CodeMemory;
 use stubs::Stubs;
 
@@ -104,6 +106,8 @@ pub(crate) struct Translator {
     /// Entries of stale code, by what it was compiled of.
     dead: HashMap<(usize, u16), Vec<u64>>,
     places: Vec<OpPlace>,
+    /// The host has RORX.
+    has_rorx: bool,
     /// Bytes of common code.
     common: usize,
     /// [`guest_memory::code_writes`] when the pages were last looked at.
@@ -132,6 +136,7 @@ impl Translator {
             pages: HashMap::new(),
             dead: HashMap::new(),
             places: Vec::new(),
+            has_rorx: std::arch::is_x86_feature_detected!("bmi2"),
             common,
             seen_writes: guest_memory::code_writes(),
         })
@@ -301,7 +306,15 @@ impl Translator {
         }
         let base = self.memory.next();
         self.asm.start(base);
+        // SAFETY: the page that the block lies in is mapped; it may be written to while it is copied.
+        let page = unsafe {
+            let start = this.host.wrapping_sub(this.host as usize & 0xfff);
+            start.cast::<[u8; 4096]>().read_volatile()
+        };
+        let successors = Successors::new(&page, this.mode);
         let mut c = Compiler {
+            has_rorx: self.has_rorx,
+            successors: &successors,
             asm: &mut self.asm,
             stubs: self.stubs,
             mode: this.mode,
@@ -365,10 +378,13 @@ impl Compiler<'_> {
         instructions: &[(Instruction, usize)],
         bytes: &[u8],
     ) -> (usize, usize) {
-        // The far entry: R9 is the address.
-        self.asm
-            .ins(self.wide(0x8d), emit::R9, emit::mem(emit::R9, -self.start));
-        self.asm.store(emit::hot(hot::at::PAGE), emit::R9);
+        // The far entry: R14 is the address.
+        self.asm.ins(
+            self.wide(0x8d),
+            emit::R14,
+            emit::mem(emit::R14, -self.start),
+        );
+        self.asm.store(emit::hot(hot::at::PAGE), emit::R14);
         let near = self.asm.len();
         self.count_instructions(self.count);
         let live = self.liveness(block, instructions);
@@ -419,7 +435,7 @@ impl Compiler<'_> {
         let stale = self.asm.len();
         let start = self.start;
         self.address_in_page(start);
-        self.asm.store(emit::hot(hot::at::RIP), emit::R9);
+        self.asm.store(emit::hot(hot::at::RIP), emit::R14);
         let exit = self.stubs.exit;
         self.asm.jmp(exit);
         (near, stale)
@@ -427,7 +443,7 @@ impl Compiler<'_> {
 
     /// Flags that matter before each instruction, and after the last.
     fn liveness(&self, block: &Block, instructions: &[(Instruction, usize)]) -> Vec<u32> {
-        let mut live = vec![flags::ALL; instructions.len() + 1];
+        let mut live = vec![self.live_behind(block, instructions); instructions.len() + 1];
         for (k, (i, _)) in instructions.iter().enumerate().rev() {
             // SAFETY: as in `block`.
             let op = unsafe { &*block.ops.add(k) };
@@ -439,6 +455,35 @@ impl Compiler<'_> {
             };
         }
         live
+    }
+
+    /// Flags that matter behind the block.
+    fn live_behind(&self, block: &Block, instructions: &[(Instruction, usize)]) -> u32 {
+        let k = instructions.len() - 1;
+        let i = &instructions[k].0;
+        // SAFETY: as in `block`.
+        let op = unsafe { &*block.ops.add(k) };
+        if !self.has_template(i, op) {
+            return flags::ALL;
+        }
+        let next = || self.successors.live_at(self.start + i32::from(op.next));
+        let target = || match i.op0_kind() {
+            OpKind::NearBranch64 => {
+                let place = i.near_branch_target() as i64 + i64::from(self.start);
+                i32::try_from(place).map_or(flags::ALL, |place| self.successors.live_at(place))
+            }
+            OpKind::NearBranch32 => {
+                let relative = i.near_branch_target() as u32 as i32;
+                self.successors.live_at(self.start.wrapping_add(relative))
+            }
+            _ => flags::ALL,
+        };
+        match i.flow_control() {
+            FlowControl::Next => next(),
+            FlowControl::UnconditionalBranch | FlowControl::Call => target(),
+            FlowControl::ConditionalBranch => target() | next(),
+            _ => flags::ALL,
+        }
     }
 
     /// True when the interpreter is not needed for what the instruction usually does.

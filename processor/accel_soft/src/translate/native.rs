@@ -2,8 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic as M};
 
-use super::code::{At, Cold, Compiler, Target};
-use super::emit::{Opcode, R9, R10, Reg, Rm, hot, mem};
+use super::code::{At, Cold, Compiler, Kept, Target};
+use super::emit::{Opcode, R14, R15, Reg, Rm, hot, mem};
 use super::encoding::Encoding;
 use super::flags;
 use super::hot::at;
@@ -81,28 +81,28 @@ impl Compiler<'_> {
         let to = place(at.i.op0_register().number() as u8);
         let reg = match to {
             Place::Host(reg) => reg,
-            Place::Frame(_) => R9,
+            Place::Frame(_) => R14,
         };
-        if !self.effective_address(at, R9) {
+        if !self.effective_address(at, R14) {
             return false;
         }
         // A 32-bit result of a 64-bit address.
-        if reg != R9 || !e.w() {
+        if reg != R14 || !e.w() {
             let byte = if e.w() {
                 super::emit::op64(0x8b)
             } else {
                 super::emit::op(0x8b)
             };
-            self.asm.ins(byte, reg, Rm::Reg(R9));
+            self.asm.ins(byte, reg, Rm::Reg(R14));
         }
         if let Place::Frame(at) = to {
-            self.asm.store(hot(at), R9);
+            self.asm.store(hot(at), R14);
         }
         true
     }
 
     fn on_registers(&mut self, at: At, e: &Encoding, s: &Shape, bytes: &[u8]) -> bool {
-        let mut temporaries = vec![R9, R10];
+        let mut temporaries = vec![R14, R15];
         let mut taken = Vec::new();
         let opcode_register = s.opcode;
         let mut named = |number, general, byte: bool| {
@@ -230,7 +230,7 @@ impl Compiler<'_> {
             return false;
         };
         let high = s.reg_byte && e.rex == 0;
-        let (mut temporaries, mut taken) = (vec![R10], Vec::new());
+        let (mut temporaries, mut taken) = (vec![R15], Vec::new());
         let mut named = |number, general| name(number, general, high, &mut temporaries, &mut taken);
         let reg = named(e.reg(), s.reg);
         let second = match e.vex {
@@ -248,9 +248,16 @@ impl Compiler<'_> {
         }
         let writes = s.memory != Memory::Read;
         let (slow, back) = (self.asm.label(), self.asm.label());
-        if at.live_before {
-            self.save_flags();
-        }
+        let changes = flags::changes(at.i);
+        // The flags are there again when the instruction is executed, unless it has nothing to do with them.
+        let restored = !writes || changes || at.i.rflags_read() != 0;
+        let uses_rax = s.reg && reg.number() == 0 || s.second && second.number() == 0;
+        let kept = match (at.live_before, restored || !uses_rax) {
+            (false, _) => Kept::Nowhere,
+            (true, true) => Kept::InAx,
+            (true, false) => Kept::InMemory,
+        };
+        self.keep_flags(kept);
         if s.align != 0 {
             self.check_alignment(s.align, slow);
         }
@@ -259,15 +266,13 @@ impl Compiler<'_> {
             from: slow,
             back,
             op: self.op_number(at),
-            flags_saved: at.live_before,
+            kept,
         });
-        let changes = flags::changes(at.i);
-        let restored = at.live_before && (!writes || changes || at.i.rflags_read() != 0);
         if restored {
-            self.restore_flags();
+            self.restore_flags(kept);
         }
         if writes && !taken.is_empty() {
-            self.asm.store(hot(at::SAVED_ENTRY), R10);
+            self.asm.store(hot(at::SAVED_ENTRY), R15);
         }
         for (place, temporary) in &taken {
             self.asm.load(*temporary, hot(*place));
@@ -275,7 +280,7 @@ impl Compiler<'_> {
         self.encode(
             e,
             reg.number(),
-            mem(R9, 0),
+            mem(R14, 0),
             second.number(),
             bytes,
             s.bytes(),
@@ -288,18 +293,19 @@ impl Compiler<'_> {
         }
         if writes {
             if !taken.is_empty() {
-                self.asm.load(R10, hot(at::SAVED_ENTRY));
+                self.asm.load(R15, hot(at::SAVED_ENTRY));
             }
             let next = Target::Page(self.next_place(at));
-            let save_now = at.live_after && (restored || !at.live_before);
-            if save_now {
-                self.save_flags();
+            let kept = match (restored, at.live_after) {
+                (false, _) => kept,
+                (true, true) => Kept::InAx,
+                (true, false) => Kept::Nowhere,
+            };
+            if restored {
+                self.keep_flags(kept);
             }
-            let saved = save_now || at.live_before && !restored;
-            self.look_at_watch(at, saved, next);
-            if saved {
-                self.restore_flags();
-            }
+            self.look_at_watch(at, kept, next);
+            self.restore_flags(kept);
         }
         self.asm.bind(back);
         true

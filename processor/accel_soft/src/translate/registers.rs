@@ -1,17 +1,17 @@
 //! Where the guest's general registers are while translated code runs.
 //!
-//! Most are in the host registers of the same number. The host's RSP is at the [`crate::cpu::Cpu`], so the guest's is in R11;
-//! R9 and R10 are for the translator's own use, so the guest's R9 to R11 are in memory.
+//! Most are in the host registers of the same number. The host's RSP is at the [`crate::cpu::Cpu`], so the guest's is in R13;
+//! R14 and R15 are for the translator's own use, so the guest's R13 to R15 are in memory: compilers use them least.
 
-use super::emit::{R9, R10, R11, Reg};
+use super::emit::{R13, R14, R15, Reg};
 use super::hot::at;
 
 /// Holds addresses.
-pub(crate) const ADDRESS: Reg = R9;
+pub(crate) const ADDRESS: Reg = R14;
 /// Holds entries of the translation buffer, and guest registers that are in memory.
-pub(crate) const SCRATCH: Reg = R10;
+pub(crate) const SCRATCH: Reg = R15;
 /// Holds the guest's RSP.
-pub(crate) const STACK: Reg = R11;
+pub(crate) const STACK: Reg = R13;
 
 /// Where a guest register is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(crate) enum Place {
 pub(crate) const fn place(number: u8) -> Place {
     match number {
         4 => Place::Host(STACK),
-        9..=11 => Place::Frame(at::SPILLED + 8 * (number as i32 - 9)),
+        13..=15 => Place::Frame(at::SPILLED + 8 * (number as i32 - 13)),
         _ => Place::Host(number),
     }
 }

@@ -1,6 +1,6 @@
 //! Entering and leaving translated code, and the ways from it to Rust.
 
-use super::emit::{Asm, Opcode, R9, R10, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Rm, hot, mem, op};
+use super::emit::{Asm, Opcode, R14, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Rm, hot, mem, op};
 use super::hot::at;
 use super::memory::CodeMemory;
 use super::registers::{Place, place};
@@ -13,15 +13,15 @@ pub(crate) struct Stubs {
     pub(crate) enter: u64,
     /// Leaves; `Cpu::rip` is set.
     pub(crate) exit: u64,
-    /// Leaves at a link whose number is in R10.
+    /// Leaves at a link whose number is in R15.
     pub(crate) link: u64,
-    /// Called: executes the operation whose number is in R10 in the middle of a block.
+    /// Called: executes the operation whose number is in R15 in the middle of a block.
     pub(crate) run_op: u64,
-    /// Executes the last operation of a block, whose number is in R10.
+    /// Executes the last operation of a block, whose number is in R15.
     pub(crate) run_last: u64,
-    /// A store has hit a watched page, whose flag R10 points to; `Cpu::rip` is set.
+    /// A store has hit a watched page, whose flag R15 points to; `Cpu::rip` is set.
     pub(crate) wrote: u64,
-    /// Goes on at the address in R9.
+    /// Goes on at the address in R14.
     pub(crate) lookup: u64,
 }
 
@@ -51,19 +51,19 @@ impl Builder<'_> {
         }
     }
 
-    /// Puts all guest state into memory; R10 and the stack pointer are kept.
+    /// Puts all guest state into memory; R15 and the stack pointer are kept.
     fn save(&mut self, shift: i32) {
         self.asm.u8(0x9c);
         self.asm.u8(0x41);
-        self.asm.u8(0x58 + 1);
-        self.asm.store(hot(shift + at::RFLAGS), R9);
+        self.asm.u8(0x58 + 6);
+        self.asm.store(hot(shift + at::RFLAGS), R14);
         for n in 0..16 {
             let to = hot(shift + at::REGS + 8 * i32::from(n));
             match place(n) {
                 Place::Host(reg) => self.asm.store(to, reg),
                 Place::Frame(from) => {
-                    self.asm.load(R9, hot(shift + from));
-                    self.asm.store(to, R9);
+                    self.asm.load(R14, hot(shift + from));
+                    self.asm.store(to, R14);
                 }
             }
         }
@@ -85,8 +85,8 @@ impl Builder<'_> {
             match place(n) {
                 Place::Host(reg) => self.asm.load(reg, from),
                 Place::Frame(to) => {
-                    self.asm.load(R9, from);
-                    self.asm.store(hot(shift + to), R9);
+                    self.asm.load(R14, from);
+                    self.asm.store(hot(shift + to), R14);
                 }
             }
         }
@@ -131,7 +131,7 @@ impl Builder<'_> {
 
     fn link(&mut self) {
         self.save(0);
-        self.asm.ins(op(0x8b), RAX, Rm::Reg(R10));
+        self.asm.ins(op(0x8b), RAX, Rm::Reg(R15));
         self.asm.ins(op(0xc1), 4, Rm::Reg(RAX));
         self.asm.u8(8);
         self.asm.ins(op(0x83), 1, Rm::Reg(RAX));
@@ -143,7 +143,7 @@ impl Builder<'_> {
     fn run_op(&mut self) {
         self.save(8);
         self.asm.lea(RDI, hot(8));
-        self.asm.ins(op(0x8b), RSI, Rm::Reg(R10));
+        self.asm.ins(op(0x8b), RSI, Rm::Reg(R15));
         self.asm.alu_i(5, RSP, 8);
         self.call_rust(runtime::run_op as *const () as usize);
         self.asm.alu_i(0, RSP, 8);
@@ -160,13 +160,13 @@ impl Builder<'_> {
     fn run_last(&mut self, lookup: u64) {
         self.save(0);
         self.asm.mov(RDI, RSP);
-        self.asm.ins(op(0x8b), RSI, Rm::Reg(R10));
+        self.asm.ins(op(0x8b), RSI, Rm::Reg(R15));
         self.call_rust(runtime::run_last as *const () as usize);
         self.asm.ins(op(0x85), RAX, Rm::Reg(RAX));
         let stop = self.asm.label();
         self.asm.jcc(super::emit::cc::NE, stop);
         self.load(0);
-        self.asm.load(R9, hot(at::RIP));
+        self.asm.load(R14, hot(at::RIP));
         self.asm.jmp(lookup);
         self.asm.bind(stop);
         self.leave();
@@ -175,7 +175,7 @@ impl Builder<'_> {
     fn wrote(&mut self) {
         self.save(0);
         self.asm.mov(RDI, RSP);
-        self.asm.mov(RSI, R10);
+        self.asm.mov(RSI, R15);
         self.call_rust(runtime::wrote as *const () as usize);
         self.leave();
     }
@@ -187,18 +187,18 @@ pub(crate) fn jrcxz(asm: &mut Asm, distance: u8) {
     asm.u8(distance);
 }
 
-/// Goes to the translated code of the address in R9, or, when there is none, to `miss` with `Cpu::rip` set. Flags are kept.
+/// Goes to the translated code of the address in R14, or, when there is none, to `miss` with `Cpu::rip` set. Flags are kept.
 pub(crate) fn lookup(asm: &mut Asm, miss: impl FnOnce(&mut Asm)) {
-    asm.store(hot(at::RIP), R9);
+    asm.store(hot(at::RIP), R14);
     asm.store(hot(at::SAVED_REGISTER), RCX);
     // MOVZX R10d, R9w: the index.
-    asm.ins(np(0xb7), R10, Rm::Reg(R9));
+    asm.ins(np(0xb7), R15, Rm::Reg(R14));
     asm.load(RCX, hot(at::KEY));
-    asm.lea(R9, Rm::Mem(Some(R9), Some((RCX, 0)), 0));
+    asm.lea(R14, Rm::Mem(Some(R14), Some((RCX, 0)), 0));
     asm.load(RCX, hot(at::JUMPS));
-    asm.lea(R10, Rm::Mem(Some(RCX), Some((R10, 3)), 0));
-    asm.load(RCX, mem(R10, 0));
-    asm.lea(RCX, Rm::Mem(Some(RCX), Some((R9, 0)), 0));
+    asm.lea(R15, Rm::Mem(Some(RCX), Some((R15, 3)), 0));
+    asm.load(RCX, mem(R15, 0));
+    asm.lea(RCX, Rm::Mem(Some(RCX), Some((R14, 0)), 0));
     jrcxz(asm, 0);
     let from = asm.len();
     asm.load(RCX, hot(at::SAVED_REGISTER));
@@ -206,8 +206,8 @@ pub(crate) fn lookup(asm: &mut Asm, miss: impl FnOnce(&mut Asm)) {
     let distance = asm.len() - from;
     asm.bytes[from - 1] = u8::try_from(distance).expect("a short way out");
     asm.load(RCX, hot(at::SAVED_REGISTER));
-    asm.load(R9, hot(at::RIP));
-    asm.ins(op(0xff), 4, mem(R10, super::jumps::CODES));
+    asm.load(R14, hot(at::RIP));
+    asm.ins(op(0xff), 4, mem(R15, super::jumps::CODES));
 }
 
 /// Puts the common code at the start of the cache.
