@@ -213,7 +213,7 @@ impl Engine {
         let Some(translator) = &mut self.translator else {
             return ControlFlow::Continue(std::ptr::null());
         };
-        if !translate::vectors_are_masked(&self.cpu) {
+        if !translate::can_run(&self.cpu, &this.code) {
             return self.interpret(this);
         }
         if !translator.make_ready(block.cast_mut()) {
@@ -407,7 +407,7 @@ impl Engine {
             return None;
         }
         let translator = self.translator.as_mut();
-        let masked = translate::vectors_are_masked(&self.cpu);
+        let masked = translate::can_run(&self.cpu, &this.code);
         let (Some(translator), true, false) = (translator, masked, this.host.is_null()) else {
             return self.run_uncaught(false);
         };

@@ -39,8 +39,6 @@ pub(crate) struct Cpu {
     pub(crate) leave_block: bool,
     /// The run loop shall look at interrupts and shadows before the next block.
     pub(crate) attention: bool,
-    /// The vector registers are in the host's: those in `vectors` are old.
-    pub(crate) vectors_live: bool,
     /// The x87 registers are in the host's: those in `x87` are old.
     pub(crate) x87_live: bool,
     /// General registers, RIP of the running block's first instruction, and a zero.
@@ -179,7 +177,6 @@ impl Cpu {
             tlb: Tlb::new(),
             hot: Hot::new(events),
             gate: Gate::new(),
-            vectors_live: false,
             x87_live: false,
             regs,
             status: Status::default(),

@@ -123,6 +123,11 @@ impl Pair {
         if self.translated {
             // Unmasked exceptions are for the interpreter.
             host.mxcsr |= 0x1f80;
+            if single {
+                // With nothing pending either: ES and the busy bit.
+                host.x87.control |= 0x3f;
+                host.x87.status &= !0x8080;
+            }
         }
         let mut ours = host;
         let how = match (self.translated, single) {

@@ -6,11 +6,11 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::emit::{Asm, Label, Opcode, R14, R15, RAX, Reg, Rm, cc, hot, mem, op, op64};
+use super::emit::{Asm, Label, Opcode, R14, R15, RAX, RCX, Reg, Rm, cc, hot, mem, op, op64};
 use super::hot::at;
 use super::liveness::Successors;
 use super::registers::{ADDRESS, Place, SCRATCH, place};
-use super::stubs::Stubs;
+use super::stubs::{Stubs, jrcxz};
 use crate::cpu::{Ea, FLAT, Mode, Op};
 use crate::mmu::{DATA_ENTRIES, SLOT_ROTATION};
 
@@ -50,6 +50,8 @@ pub(crate) enum Cold {
     },
     /// The way to a place that may not be translated yet.
     Link { from: Label, link: u32 },
+    /// The x87 unit is not in the host's.
+    LoadX87 { from: Label, op: u32, back: Label },
     /// An event at a jump to a place in the page.
     Event {
         from: Label,
@@ -92,6 +94,8 @@ pub(crate) struct Compiler<'a> {
     pub(crate) mode: Mode,
     /// The host has RORX.
     pub(crate) has_rorx: bool,
+    /// The x87 unit is in the host's from here on.
+    pub(crate) x87_ready: bool,
     /// Flags that matter where the code goes on at a place in the page.
     pub(crate) successors: &'a Successors<'a>,
     /// Place of the block in its page.
@@ -302,6 +306,28 @@ impl Compiler<'_> {
         self.asm.store(hot(at::INSTRUCTIONS), R14);
     }
 
+    /// Before the first instruction of the block that needs the x87 unit. Keeps flags.
+    pub(crate) fn need_x87(&mut self, at: At) {
+        if std::mem::replace(&mut self.x87_ready, true) {
+            return;
+        }
+        let (from, back) = (self.asm.label(), self.asm.label());
+        self.asm.mov(R14, RCX);
+        let movzx = Opcode { map: 1, ..op(0xb6) };
+        self.asm.ins(movzx, RCX, hot(at::X87_LIVE));
+        // JRCXZ over the next jump, to the one behind it.
+        jrcxz(self.asm, 2);
+        self.asm.bytes.extend_from_slice(&[0xeb, 5]);
+        self.asm.jmp_label(from);
+        self.asm.bind(back);
+        self.asm.mov(RCX, R14);
+        self.cold.push(Cold::LoadX87 {
+            from,
+            op: self.op_number(at),
+            back,
+        });
+    }
+
     /// The interpreter does this operation, here.
     pub(crate) fn call_interpreter(&mut self, at: At) {
         let number = self.op_number(at);
@@ -361,6 +387,14 @@ impl Compiler<'_> {
                     self.asm.mov_u32(R15, link);
                     self.asm.jmp(self.stubs.link);
                 }
+                Cold::LoadX87 { from, op, back } => {
+                    self.asm.bind(from);
+                    self.asm.mov(RCX, R14);
+                    self.asm.mov_u32(R15, op);
+                    self.asm.call(self.stubs.load_x87);
+                    self.asm.mov(R14, RCX);
+                    self.asm.jmp_label(back);
+                }
                 Cold::Event {
                     from,
                     target,
@@ -368,7 +402,7 @@ impl Compiler<'_> {
                 } => {
                     self.asm.bind(from);
                     if rcx_kept {
-                        self.asm.mov(super::emit::RCX, R15);
+                        self.asm.mov(RCX, R15);
                     }
                     self.address_in_page(target);
                     self.asm.store(hot(at::RIP), R14);
@@ -397,6 +431,6 @@ impl Compiler<'_> {
     pub(crate) fn memory_bytes(i: &Instruction) -> Option<u32> {
         let has = (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory);
         let size = i.memory_size().size() as u32;
-        (has && matches!(size, 1 | 2 | 4 | 8 | 16 | 32)).then_some(size)
+        (has && matches!(size, 1 | 2 | 4 | 8 | 10 | 16 | 32)).then_some(size)
     }
 }

@@ -34,6 +34,8 @@ pub(crate) struct OpPlace {
     pub(crate) start: u16,
     /// Instructions of the block behind it.
     pub(crate) rest: u16,
+    /// It looks at the x87 unit, or changes it.
+    pub(crate) x87: bool,
 }
 
 /// What is looked at only when translated code is entered or left.
@@ -116,6 +118,8 @@ pub(crate) mod at {
     pub(crate) const RIP: i32 = offset_of!(Cpu, rip) as i32;
     /// [`Cpu::instructions`].
     pub(crate) const INSTRUCTIONS: i32 = offset_of!(Cpu, instructions) as i32;
+    /// [`Cpu::x87_live`].
+    pub(crate) const X87_LIVE: i32 = offset_of!(Cpu, x87_live) as i32;
     /// [`Cpu::regs`].
     pub(crate) const REGS: i32 = offset_of!(Cpu, regs) as i32;
     /// [`Cpu::bases`].

@@ -8,6 +8,7 @@
 //! | `shape`, `encoding`, `flags`, `liveness` | what there is to know of an instruction |
 //! | `emit`, `memory` | bytes of code, and where they are kept |
 //! | `registers`, `hot`, `home` | where the guest's state is |
+//! | `fpu` | the x87 unit in the host's |
 //! | `stubs`, `runtime` | the ways between translated code and Rust |
 //! | `jumps` | the table of indirect jumps |
 //!
@@ -19,6 +20,7 @@ mod code;
 mod emit;
 mod encoding;
 mod flags;
+mod fpu;
 mod home;
 mod hot;
 mod jumps;
@@ -57,6 +59,11 @@ pub(crate) fn vectors_are_masked(cpu: &Cpu) -> bool {
     cpu.vectors.mxcsr & 0x1f80 == 0x1f80
 }
 
+/// True when code can be run as things are: nothing that it executes natively can raise an exception of its own.
+pub(crate) fn can_run(cpu: &Cpu, code: &Code) -> bool {
+    vectors_are_masked(cpu) && (!code.x87_first || fpu::is_masked(cpu))
+}
+
 /// True when code of this mode is compiled.
 pub(crate) fn is_for(mode: Mode) -> bool {
     let flat = mode.contains(Mode::CODE32 | Mode::FLAT | Mode::PROTECTED);
@@ -76,6 +83,8 @@ pub(crate) struct Code {
     first: [u8; 5],
     /// It is stale.
     pub(crate) is_stale: bool,
+    /// It starts with an instruction of the x87 unit.
+    x87_first: bool,
     /// Runs so far.
     pub(crate) runs: u16,
 }
@@ -176,6 +185,7 @@ impl Translator {
             enter(cpu, near)
         };
         cpu.status = crate::cpu::Status::from_rflags(cpu.hot.rflags);
+        fpu::leave(cpu);
         why
     }
 
@@ -314,6 +324,7 @@ impl Translator {
         let successors = Successors::new(&page, this.mode);
         let mut c = Compiler {
             has_rorx: self.has_rorx,
+            x87_ready: false,
             successors: &successors,
             asm: &mut self.asm,
             stubs: self.stubs,
@@ -346,7 +357,8 @@ impl Translator {
             ..this.code
         };
         this.code.is_stale = false;
-        self.set_places(this, first_op);
+        this.code.x87_first = shape::is_x87(&instructions[0].0);
+        self.set_places(this, first_op, &instructions);
         self.note(block);
         for old in self
             .dead
@@ -358,7 +370,12 @@ impl Translator {
         true
     }
 
-    fn set_places(&mut self, block: &Block, first_op: usize) {
+    fn set_places(
+        &mut self,
+        block: &Block,
+        first_op: usize,
+        instructions: &[(Instruction, usize)],
+    ) {
         let end = first_op + usize::from(block.count) + 1;
         if self.places.len() < end {
             self.places.resize(end, OpPlace::default());
@@ -366,6 +383,9 @@ impl Translator {
         for (k, place) in self.places[first_op..end].iter_mut().enumerate() {
             place.start = (block.host as usize & 0xfff) as u16;
             place.rest = block.count.saturating_sub(k as u16 + 1);
+            place.x87 = instructions
+                .get(k)
+                .is_some_and(|(i, _)| shape::touches_x87(i));
         }
     }
 }

@@ -67,6 +67,9 @@ fn only_reads(m: M) -> bool {
 impl Compiler<'_> {
     /// Executes the instruction as it is. False: it can't be done that way.
     pub(crate) fn native(&mut self, at: At, e: &Encoding, s: &Shape, bytes: &[u8]) -> bool {
+        if super::shape::is_x87(at.i) {
+            self.need_x87(at);
+        }
         match s.memory {
             Memory::None => self.on_registers(at, e, s, bytes),
             _ => self.on_memory(at, e, s, bytes),

@@ -1,5 +1,7 @@
 //! What translated code calls.
 
+use super::fpu;
+use super::hot::OpPlace;
 use crate::cpu::{BLOCK_RIP, Cpu, Ea, Exception, FLAT, Flow, Op, Status, ZERO, gpr};
 
 /// Why translated code was left: the low byte of what it gives. A link's number stands above.
@@ -22,13 +24,13 @@ fn stop(_: &mut Cpu, _: *const Op) -> Flow {
 }
 
 /// The operation of this number, with RIP known to the interpreter.
-fn operation(cpu: &mut Cpu, index: u32) -> (*const Op, u64) {
+fn operation(cpu: &mut Cpu, index: u32) -> (*const Op, OpPlace) {
     let at = index as usize;
     // SAFETY: translated code only holds numbers of operations of the cache that the gate's tables are of, and both are
     // emptied together.
     let (op, place) = unsafe { (cpu.gate.ops.add(at), *cpu.gate.places.add(at)) };
     cpu.regs[BLOCK_RIP] = cpu.hot.page.wrapping_add(u64::from(place.start)) & cpu.rip_mask;
-    (op, u64::from(place.rest))
+    (op, place)
 }
 
 /// `rest` instructions of the block behind the operation are not executed, if it was left.
@@ -45,6 +47,14 @@ fn settle(cpu: &mut Cpu, op: &Op, flow: Flow, rest: u64) {
     }
 }
 
+/// Translated code is left before this operation.
+pub(crate) fn stop_before(cpu: &mut Cpu, index: u32) {
+    let (op, place) = operation(cpu, index);
+    cpu.instructions -= u64::from(place.rest) + 1;
+    // SAFETY: a live operation.
+    cpu.rip = cpu.rip_of(unsafe { &*op });
+}
+
 /// Executes an operation in the middle of a block by the interpreter. Zero: go on behind it.
 ///
 /// # Safety
@@ -54,7 +64,12 @@ pub(crate) unsafe extern "sysv64" fn run_op(cpu: *mut Cpu, index: u32) -> u32 {
     // SAFETY: the caller's promise.
     let cpu = unsafe { &mut *cpu };
     cpu.status = Status::from_rflags(cpu.hot.rflags);
-    let (at, rest) = operation(cpu, index);
+    let (at, place) = operation(cpu, index);
+    let rest = u64::from(place.rest);
+    let unit_live = cpu.x87_live && place.x87;
+    if unit_live {
+        fpu::leave(cpu);
+    }
     let alone = [
         // SAFETY: a live operation, which is plain data.
         unsafe { at.read() },
@@ -77,8 +92,9 @@ pub(crate) unsafe extern "sysv64" fn run_op(cpu: *mut Cpu, index: u32) -> u32 {
     let flow = (alone[0].handler)(cpu, alone.as_ptr());
     cpu.hot.rflags = cpu.status.to_rflags() | HOST_FLAGS;
     settle(cpu, &alone[0], flow, rest);
+    let unit_back = !unit_live || fpu::enter(cpu);
     match flow {
-        Flow::Next if !cpu.attention && super::vectors_are_masked(cpu) => 0,
+        Flow::Next if !cpu.attention && unit_back && super::vectors_are_masked(cpu) => 0,
         Flow::Next => {
             cpu.instructions -= rest;
             cpu.rip = cpu.next_rip(&alone[0]);
@@ -97,7 +113,11 @@ pub(crate) unsafe extern "sysv64" fn run_last(cpu: *mut Cpu, index: u32) -> u32 
     // SAFETY: the caller's promise.
     let cpu = unsafe { &mut *cpu };
     cpu.status = Status::from_rflags(cpu.hot.rflags);
-    let (op, rest) = operation(cpu, index);
+    let (op, place) = operation(cpu, index);
+    let rest = u64::from(place.rest);
+    if place.x87 {
+        fpu::leave(cpu);
+    }
     // SAFETY: a live operation; the one behind it ends its block.
     let flow = unsafe { ((*op).handler)(cpu, op) };
     cpu.hot.rflags = cpu.status.to_rflags() | HOST_FLAGS;

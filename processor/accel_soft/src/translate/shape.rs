@@ -75,6 +75,9 @@ pub(crate) fn is_known(i: &Instruction, mode: Mode) -> bool {
     if is_branch(i) || is_stack(i) || i.mnemonic() == M::Lea || super::native::is_nop(i) {
         return true;
     }
+    if is_x87(i) {
+        return mode.contains(Mode::X87);
+    }
     if general(i.mnemonic()) {
         return i.cpuid_features().iter().all(|f| host_has(*f));
     }
@@ -84,6 +87,62 @@ pub(crate) fn is_known(i: &Instruction, mode: Mode) -> bool {
         Mode::SSE
     };
     vector(i) && mode.contains(enabled) && !has_mmx(i)
+}
+
+/// True when the instruction looks at the x87 unit, or changes it: MMX and what saves state as well.
+pub(crate) fn touches_x87(i: &Instruction) -> bool {
+    use CpuidFeature as F;
+    let unit = |f: &CpuidFeature| {
+        matches!(
+            f,
+            F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::FPU287XL_ONLY
+                | F::MMX
+                | F::FXSR
+                | F::XSAVE
+                | F::XSAVEC
+                | F::XSAVEOPT
+                | F::XSAVES
+        )
+    };
+    i.cpuid_features().iter().any(unit) || has_mmx(i) || i.mnemonic() == M::Wait
+}
+
+/// True for the x87 instructions that are executed in the host's unit: those that do not load its control word.
+pub(crate) fn is_x87(i: &Instruction) -> bool {
+    use CpuidFeature as F;
+    let special = matches!(
+        i.mnemonic(),
+        M::Fldcw
+            | M::Fldenv
+            | M::Fstcw
+            | M::Fstsw
+            | M::Fclex
+            | M::Finit
+            | M::Fnstenv
+            | M::Fstenv
+            | M::Fnsave
+            | M::Fsave
+            | M::Frstor
+            | M::Fnop
+            | M::Feni
+            | M::Fdisi
+            | M::Fneni
+            | M::Fndisi
+            | M::Fsetpm
+            | M::Fnsetpm
+            | M::Frstpm
+            | M::Fxsave
+            | M::Fxrstor
+    );
+    let unit = |f: &CpuidFeature| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::CMOV | F::SSE3);
+    let fpu = i
+        .cpuid_features()
+        .iter()
+        .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387));
+    fpu && !special && i.cpuid_features().iter().all(unit) && !i.is_invalid()
 }
 
 fn has_mmx(i: &Instruction) -> bool {
@@ -118,7 +177,8 @@ fn host_has(feature: CpuidFeature) -> bool {
 /// The shape of an instruction that can be executed as it is, or `None`.
 pub(crate) fn shape(i: &Instruction, e: &Encoding) -> Option<Shape> {
     let general = general(i.mnemonic());
-    if !general && !vector(i) {
+    let x87 = is_x87(i);
+    if !general && !x87 && !vector(i) {
         return None;
     }
     // AMD's processors read 32 bits for these 16.
@@ -126,7 +186,12 @@ pub(crate) fn shape(i: &Instruction, e: &Encoding) -> Option<Shape> {
         return None;
     }
     let mut s = Shape {
-        memory: memory(i, general),
+        memory: if x87 {
+            x87_memory(i)
+        } else {
+            memory(i, general)
+        },
+        modrm: x87,
         ..Shape::default()
     };
     let info = i.op_code();
@@ -166,6 +231,7 @@ pub(crate) fn shape(i: &Instruction, e: &Encoding) -> Option<Shape> {
             | K::ax
             | K::eax
             | K::rax => {}
+            K::st0 | K::sti_opcode if x87 => {}
             // The implicit operand of the blends that are older than VEX.
             _ if i.op_kind(k) == OpKind::Register && i.op_register(k) == Register::XMM0 => {}
             _ => return None,
@@ -361,6 +427,18 @@ fn memory(i: &Instruction, general: bool) -> Memory {
         (true, true, _) => Memory::Read,
         (true, _, false) => Memory::Update,
         _ => Memory::Write,
+    }
+}
+
+fn x87_memory(i: &Instruction) -> Memory {
+    if !(0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory) {
+        return Memory::None;
+    }
+    match i.mnemonic() {
+        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp | M::Fnstcw | M::Fnstsw => {
+            Memory::Write
+        }
+        _ => Memory::Read,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Entering and leaving translated code, and the ways from it to Rust.
 
 use super::emit::{Asm, Opcode, R14, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Rm, hot, mem, op};
+use super::fpu;
 use super::hot::at;
 use super::memory::CodeMemory;
 use super::registers::{Place, place};
@@ -15,6 +16,8 @@ pub(crate) struct Stubs {
     pub(crate) exit: u64,
     /// Leaves at a link whose number is in R15.
     pub(crate) link: u64,
+    /// Called: puts the x87 unit into the host's, for the operation whose number is in R15.
+    pub(crate) load_x87: u64,
     /// Called: executes the operation whose number is in R15 in the middle of a block.
     pub(crate) run_op: u64,
     /// Executes the last operation of a block, whose number is in R15.
@@ -139,13 +142,14 @@ impl Builder<'_> {
         self.leave();
     }
 
-    /// `call`ed, so that the stack pointer is one word below the state.
-    fn run_op(&mut self) {
+    /// `call`ed, so that the stack pointer is one word below the state: calls a function that takes the state and the number
+    /// in R15, and goes on when it gives zero.
+    fn call_and_go_on(&mut self, function: usize) {
         self.save(8);
         self.asm.lea(RDI, hot(8));
         self.asm.ins(op(0x8b), RSI, Rm::Reg(R15));
         self.asm.alu_i(5, RSP, 8);
-        self.call_rust(runtime::run_op as *const () as usize);
+        self.call_rust(function);
         self.asm.alu_i(0, RSP, 8);
         self.asm.ins(op(0x85), RAX, Rm::Reg(RAX));
         let stop = self.asm.label();
@@ -225,7 +229,8 @@ pub(crate) fn build(asm: &mut Asm, memory: &mut CodeMemory) -> Stubs {
     stubs.enter = piece(&|b| b.enter());
     stubs.exit = piece(&|b| b.exit_with(exit::NEXT));
     stubs.link = piece(&|b| b.link());
-    stubs.run_op = piece(&|b| b.run_op());
+    stubs.run_op = piece(&|b| b.call_and_go_on(runtime::run_op as *const () as usize));
+    stubs.load_x87 = piece(&|b| b.call_and_go_on(fpu::load as *const () as usize));
     let exit = stubs.exit;
     stubs.lookup = piece(&|b| lookup(b.asm, |asm| asm.jmp(exit)));
     let lookup = stubs.lookup;
