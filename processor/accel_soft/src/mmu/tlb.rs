@@ -283,7 +283,47 @@ pub(crate) struct Tlb {
     /// A number for the translations that instructions are fetched by: what was learnt from a fetch holds while it is the
     /// same, and again when it is the same again.
     pub(crate) version: u64,
+    /// The page of the stack, for translated code.
+    pub(crate) stack: StackPage,
     all: Box<All>,
+}
+
+/// A page that translated code has looked up for the stack and that may be written. Forgotten whenever anything is.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct StackPage {
+    /// Linear address of the page. When there is none: an address that is not canonical and that nobody can guess.
+    pub(crate) tag: u64,
+    /// Host address of the page, or of memory that belongs to nobody.
+    pub(crate) host: *const u8,
+    /// The page's flag byte, or zero.
+    pub(crate) flag: *const AtomicU8,
+    nowhere: u64,
+    spare: Box<[u8; 8192]>,
+}
+
+impl StackPage {
+    fn new() -> Self {
+        use std::hash::{BuildHasher, RandomState};
+        // Bits 47 and 63 differ.
+        let random = RandomState::new().hash_one(0);
+        let mut new = Self {
+            tag: 0,
+            host: std::ptr::null(),
+            flag: std::ptr::null(),
+            nowhere: 1 << 63 | random >> 17 & !0xfff,
+            spare: Box::new([0; 8192]),
+        };
+        new.forget();
+        new
+    }
+
+    fn forget(&mut self) {
+        static NOBODY_WATCHES: AtomicU8 = AtomicU8::new(0);
+        self.tag = self.nowhere;
+        self.host = self.spare.as_ptr();
+        self.flag = &raw const NOBODY_WATCHES;
+    }
 }
 
 /// What the hot paths do not look at.
@@ -365,6 +405,7 @@ impl Tlb {
             data: std::ptr::null(),
             fetch: std::ptr::null(),
             version: 0,
+            stack: StackPage::new(),
             all: Box::new(All {
                 kind: Kind::Supervisor,
                 supervisor: Domain::new(2),
@@ -400,6 +441,7 @@ impl Tlb {
 
     /// Derives what the hot paths go by.
     fn point(&mut self) {
+        self.stack.forget();
         let kind = self.all.kind;
         let domain = self.all.domain(kind == Kind::User);
         let data = domain.data[usize::from(kind.index())].entries.as_ptr();

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Mnemonic as M, OpKind};
 
-use super::code::{At, Cold, Compiler, Kept, Target};
+use super::code::{At, Cold, Compiler, Kept, Target, Via};
 use super::emit::{Asm, R14, R15, RBP, RCX, Reg, Rm, hot, mem, op, op64};
 use super::hot::at;
 use super::registers::{ADDRESS, Place, SCRATCH, STACK, place};
@@ -25,7 +25,7 @@ impl Compiler<'_> {
         let (slow, slot) = (self.asm.label(), self.slot());
         self.asm.ins(self.wide(0x8d), ADDRESS, mem(STACK, -slot));
         self.keep_flags(kept);
-        self.translate(slot as u32, true, slow);
+        self.translate(Via::Stack, slot as u32, true, slow);
         slow
     }
 
@@ -45,9 +45,14 @@ impl Compiler<'_> {
     /// R14 becomes the host address of what RSP points to, to read.
     fn slot_to_pop(&mut self, at: At, base: Reg) -> super::emit::Label {
         let slow = self.asm.label();
+        let via = if base == STACK {
+            Via::Stack
+        } else {
+            Via::Buffer
+        };
         self.asm.ins(self.wide(0x8b), ADDRESS, Rm::Reg(base));
         self.keep_flags(usual(at));
-        self.translate(self.slot() as u32, false, slow);
+        self.translate(via, self.slot() as u32, false, slow);
         slow
     }
 
@@ -111,16 +116,14 @@ impl Compiler<'_> {
             match place(i.op0_register().number() as u8) {
                 Place::Host(reg) => self.asm.ins(self.wide(0x89), reg, mem(R14, 0)),
                 Place::Frame(from) => {
-                    self.asm.store(hot(at::SAVED_ENTRY), R15);
                     self.asm.load(R15, hot(from));
                     self.asm.ins(self.wide(0x89), R15, mem(R14, 0));
-                    self.asm.load(R15, hot(at::SAVED_ENTRY));
                 }
             }
         }
         self.move_stack(-self.slot());
         let next = Target::Page(self.next_place(at));
-        self.look_at_watch(at, kept, next);
+        self.look_at_watch(at, Via::Stack, kept, next);
         self.restore_flags(kept);
         self.asm.bind(back);
         true
@@ -295,11 +298,9 @@ impl Compiler<'_> {
     /// Pushes the address of the next instruction. The host address is in R14, the entry in R15.
     fn put_return_address(&mut self, at: At) {
         let next = self.next_place(at);
-        self.asm.store(hot(at::KEPT_ENTRY), R15);
         self.asm.load(SCRATCH, hot(at::PAGE));
         self.asm.ins(self.wide(0x8d), SCRATCH, mem(SCRATCH, next));
         self.asm.ins(self.wide(0x89), SCRATCH, mem(R14, 0));
-        self.asm.load(R15, hot(at::KEPT_ENTRY));
         self.move_stack(-self.slot());
     }
 
@@ -308,7 +309,7 @@ impl Compiler<'_> {
         let slow = self.slot_to_push(usual(at));
         self.missed(at, slow, 0);
         self.put_return_address(at);
-        self.look_at_watch(at, usual(at), Target::Page(target));
+        self.look_at_watch(at, Via::Stack, usual(at), Target::Page(target));
         self.restore_flags(usual(at));
         self.go(at, target);
         true
@@ -414,7 +415,8 @@ impl Compiler<'_> {
         }
         let slow = self.asm.label();
         self.keep_flags(usual(at));
-        self.translate(size as u32, false, slow);
+        let via = self.via(at);
+        self.translate(via, size as u32, false, slow);
         self.missed(at, slow, 0);
         self.asm.ins(self.wide(0x8b), R14, mem(R14, 0));
         self.restore_flags(usual(at));
@@ -442,10 +444,10 @@ impl Compiler<'_> {
         self.check_kept_target(slow);
         let slot = self.slot();
         self.asm.ins(self.wide(0x8d), ADDRESS, mem(STACK, -slot));
-        self.translate(slot as u32, true, slow);
+        self.translate(Via::Stack, slot as u32, true, slow);
         self.missed(at, slow, 0);
         self.put_return_address(at);
-        self.look_at_watch(at, usual(at), Target::Saved);
+        self.look_at_watch(at, Via::Stack, usual(at), Target::Saved);
         self.restore_flags(usual(at));
         self.asm.load(R14, hot(at::SAVED_ENTRY));
         self.go_to_address(at, -self.slot());

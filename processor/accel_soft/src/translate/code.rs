@@ -20,6 +20,15 @@ const WRITE: i32 = 8;
 const HOST: i32 = 16;
 const FLAG: i32 = 24;
 
+/// How a host address is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Via {
+    /// In the translation buffer. R15 is the entry then.
+    Buffer,
+    /// It is most likely in the page that the stack was in the last time. R15 is free.
+    Stack,
+}
+
 /// Where the guest's status flags are while the host's are used for something else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kept {
@@ -50,6 +59,13 @@ pub(crate) enum Cold {
     },
     /// The way to a place that may not be translated yet.
     Link { from: Label, link: u32 },
+    /// The stack is in another page than the last time.
+    OtherStack {
+        from: Label,
+        back: Label,
+        slow: Label,
+        size: u32,
+    },
     /// The x87 unit is not in the host's.
     LoadX87 { from: Label, op: u32, back: Label },
     /// An event at a jump to a place in the page.
@@ -248,7 +264,10 @@ impl Compiler<'_> {
     }
 
     /// Makes the linear address in R14 a host address, or goes to `slow`. R15 is then the entry. Changes flags.
-    pub(crate) fn translate(&mut self, size: u32, write: bool, slow: Label) {
+    pub(crate) fn translate(&mut self, via: Via, size: u32, write: bool, slow: Label) {
+        if via == Via::Stack {
+            return self.translate_stack(size, slow);
+        }
         let mask = ((DATA_ENTRIES - 1) << 5) as i32;
         if self.has_rorx {
             self.asm.vex(3, 3, true, false, 0xf0, R15, 0, Rm::Reg(R14));
@@ -270,6 +289,32 @@ impl Compiler<'_> {
         self.asm.ins(op64(0x03), R14, mem(R15, HOST));
     }
 
+    fn translate_stack(&mut self, size: u32, slow: Label) {
+        let (other, back) = (self.asm.label(), self.asm.label());
+        self.asm.ins(op64(0x2b), R14, hot(at::STACK_TAG));
+        self.asm.alu_i(7, R14, 4096 - size as i32);
+        self.asm.jcc(cc::A, other);
+        self.asm.bind(back);
+        self.asm.ins(op64(0x03), R14, hot(at::STACK_HOST));
+        self.cold.push(Cold::OtherStack {
+            from: other,
+            back,
+            slow,
+            size,
+        });
+    }
+
+    /// How the memory operand is best looked up.
+    pub(crate) fn via(&self, at: At) -> Via {
+        let base = at.i.memory_base();
+        let stack = (base.is_gpr64() || base.is_gpr32()) && base.number() == 4;
+        if stack && at.i.memory_index() == Register::None && at.op.seg >= FLAT {
+            Via::Stack
+        } else {
+            Via::Buffer
+        }
+    }
+
     /// Goes to `slow` unless R14 is a multiple of `align`. Changes flags.
     pub(crate) fn check_alignment(&mut self, align: u8, slow: Label) {
         self.asm.ins(
@@ -285,9 +330,13 @@ impl Compiler<'_> {
     }
 
     /// After a store, with the entry in R15: leaves the block if somebody watches the page. Changes flags.
-    pub(crate) fn look_at_watch(&mut self, at: At, kept: Kept, next: Target) {
+    pub(crate) fn look_at_watch(&mut self, at: At, via: Via, kept: Kept, next: Target) {
         let from = self.asm.label();
-        self.asm.load(R15, mem(R15, FLAG));
+        let flag = match via {
+            Via::Buffer => mem(R15, FLAG),
+            Via::Stack => hot(at::STACK_FLAG),
+        };
+        self.asm.load(R15, flag);
         self.asm.ins(op(0x80), 7, mem(R15, 0));
         self.asm.u8(0);
         self.asm.jcc(cc::NE, from);
@@ -386,6 +435,19 @@ impl Compiler<'_> {
                     self.asm.bind(from);
                     self.asm.mov_u32(R15, link);
                     self.asm.jmp(self.stubs.link);
+                }
+                Cold::OtherStack {
+                    from,
+                    back,
+                    slow,
+                    size,
+                } => {
+                    self.asm.bind(from);
+                    self.asm.call(self.stubs.find_stack);
+                    self.asm.ins(op64(0x2b), R14, hot(at::STACK_TAG));
+                    self.asm.alu_i(7, R14, 4096 - size as i32);
+                    self.asm.jcc(cc::A, slow);
+                    self.asm.jmp_label(back);
                 }
                 Cold::LoadX87 { from, op, back } => {
                     self.asm.bind(from);

@@ -4,15 +4,13 @@ use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
 
 use crate::cpu::{Cpu, Op};
-use crate::mmu::Tlb;
+use crate::mmu::{StackPage, Tlb};
 use crate::simd::Vectors;
 
 /// The part of a [`Cpu`] that only translated code and its callers use.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Hot {
-    /// Guest R13, R14 and R15 while translated code runs.
-    pub(crate) spilled: [u64; 3],
     /// The word of events that other threads raise.
     pub(crate) events: *const AtomicU32,
     /// The table of indirect jumps ([`super::jumps`]).
@@ -21,6 +19,8 @@ pub(crate) struct Hot {
     pub(crate) key: u64,
     /// RIP of the running code less its place in its page.
     pub(crate) page: u64,
+    /// Guest R13, R14 and R15 while translated code runs.
+    pub(crate) spilled: [u64; 3],
     /// For values that outgrow the scratch registers.
     pub(crate) scratch: [u64; 4],
     /// RFLAGS while translated code does not run: the status flags, and what the host's need.
@@ -84,11 +84,18 @@ impl Hot {
 
 /// Displacements from the stack pointer of translated code.
 pub(crate) mod at {
-    use super::{Cpu, Gate, Hot, Tlb, Vectors, offset_of};
+    use super::{Cpu, Gate, Hot, StackPage, Tlb, Vectors, offset_of};
 
     const HOT: usize = offset_of!(Cpu, hot);
     /// [`Tlb::data`].
     pub(crate) const TLB: i32 = (offset_of!(Cpu, tlb) + offset_of!(Tlb, data)) as i32;
+    const STACK: usize = offset_of!(Cpu, tlb) + offset_of!(Tlb, stack);
+    /// [`StackPage::tag`].
+    pub(crate) const STACK_TAG: i32 = (STACK + offset_of!(StackPage, tag)) as i32;
+    /// [`StackPage::host`].
+    pub(crate) const STACK_HOST: i32 = (STACK + offset_of!(StackPage, host)) as i32;
+    /// [`StackPage::flag`].
+    pub(crate) const STACK_FLAG: i32 = (STACK + offset_of!(StackPage, flag)) as i32;
     /// [`Hot::spilled`].
     pub(crate) const SPILLED: i32 = (HOT + offset_of!(Hot, spilled)) as i32;
     /// [`Hot::events`].
@@ -105,8 +112,8 @@ pub(crate) mod at {
     pub(crate) const SAVED_FLAGS: i32 = SAVED_REGISTER + 8;
     /// An entry of the translation buffer, or a target, for a moment.
     pub(crate) const SAVED_ENTRY: i32 = SAVED_REGISTER + 16;
-    /// An entry of the translation buffer, where a target is kept as well.
-    pub(crate) const KEPT_ENTRY: i32 = SAVED_REGISTER + 24;
+    /// An address, while the stack's page is looked up.
+    pub(crate) const SAVED_ENTRY_OF_STACK: i32 = SAVED_REGISTER + 24;
     /// [`Hot::rflags`].
     pub(crate) const RFLAGS: i32 = (HOT + offset_of!(Hot, rflags)) as i32;
     /// [`Gate::host_rsp`].
@@ -128,5 +135,5 @@ pub(crate) mod at {
     pub(crate) const YMM: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, ymm)) as i32;
     /// MXCSR.
     pub(crate) const MXCSR: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, mxcsr)) as i32;
-    const _: () = assert!(RIP <= 128 && YMM % 32 == 0);
+    const _: () = assert!(PAGE < 128 && YMM % 32 == 0);
 }

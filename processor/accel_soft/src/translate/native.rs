@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic as M};
 
-use super::code::{At, Cold, Compiler, Kept, Target};
+use super::code::{At, Cold, Compiler, Kept, Target, Via};
 use super::emit::{Opcode, R14, R15, Reg, Rm, hot, mem};
 use super::encoding::Encoding;
 use super::flags;
@@ -264,7 +264,8 @@ impl Compiler<'_> {
         if s.align != 0 {
             self.check_alignment(s.align, slow);
         }
-        self.translate(size, writes, slow);
+        let via = self.via(at);
+        self.translate(via, size, writes, slow);
         self.cold.push(Cold::Slow {
             from: slow,
             back,
@@ -274,7 +275,8 @@ impl Compiler<'_> {
         if restored {
             self.restore_flags(kept);
         }
-        if writes && !taken.is_empty() {
+        let entry_kept = writes && via == Via::Buffer && !taken.is_empty();
+        if entry_kept {
             self.asm.store(hot(at::SAVED_ENTRY), R15);
         }
         for (place, temporary) in &taken {
@@ -295,7 +297,7 @@ impl Compiler<'_> {
             }
         }
         if writes {
-            if !taken.is_empty() {
+            if entry_kept {
                 self.asm.load(R15, hot(at::SAVED_ENTRY));
             }
             let next = Target::Page(self.next_place(at));
@@ -307,7 +309,7 @@ impl Compiler<'_> {
             if restored {
                 self.keep_flags(kept);
             }
-            self.look_at_watch(at, kept, next);
+            self.look_at_watch(at, via, kept, next);
             self.restore_flags(kept);
         }
         self.asm.bind(back);

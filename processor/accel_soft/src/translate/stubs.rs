@@ -1,11 +1,14 @@
 //! Entering and leaving translated code, and the ways from it to Rust.
 
-use super::emit::{Asm, Opcode, R14, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Rm, hot, mem, op};
+use super::emit::{
+    Asm, Opcode, R14, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Rm, hot, mem, op, op64,
+};
 use super::fpu;
 use super::hot::at;
 use super::memory::CodeMemory;
 use super::registers::{Place, place};
 use super::runtime::{self, exit};
+use crate::mmu::{DATA_ENTRIES, SLOT_ROTATION};
 
 /// Addresses of the common pieces of code.
 #[derive(Debug, Clone, Copy, Default)]
@@ -18,6 +21,9 @@ pub(crate) struct Stubs {
     pub(crate) link: u64,
     /// Called: puts the x87 unit into the host's, for the operation whose number is in R15.
     pub(crate) load_x87: u64,
+    /// Called: R14 is a distance from the page of the stack, and becomes the address; that becomes the page of the stack, if
+    /// it is in the translation buffer and may be written. Changes flags and R15.
+    pub(crate) find_stack: u64,
     /// Called: executes the operation whose number is in R15 in the middle of a block.
     pub(crate) run_op: u64,
     /// Executes the last operation of a block, whose number is in R15.
@@ -176,6 +182,37 @@ impl Builder<'_> {
         self.leave();
     }
 
+    fn find_stack(&mut self) {
+        // One word below the state.
+        let at = |place: i32| hot(8 + place);
+        self.asm.ins(op64(0x03), R14, at(at::STACK_TAG));
+        self.asm.mov(R15, R14);
+        self.asm.ins(op64(0xc1), 1, Rm::Reg(R15));
+        self.asm.u8(SLOT_ROTATION as u8);
+        self.asm.ins(op64(0x33), R15, Rm::Reg(R14));
+        self.asm.ins(op64(0xc1), 5, Rm::Reg(R15));
+        self.asm.u8(7);
+        self.asm.ins(op(0x81), 4, Rm::Reg(R15));
+        self.asm.i32(((DATA_ENTRIES - 1) << 5) as i32);
+        self.asm.ins(op64(0x03), R15, at(at::TLB));
+        self.asm.store(at(at::SAVED_ENTRY_OF_STACK), R14);
+        self.asm.ins(op64(0x2b), R14, mem(R15, 8));
+        self.asm.alu_i(7, R14, 4095);
+        let other = self.asm.label();
+        self.asm.jcc(super::emit::cc::A, other);
+        for (from, to) in [
+            (8, at::STACK_TAG),
+            (16, at::STACK_HOST),
+            (24, at::STACK_FLAG),
+        ] {
+            self.asm.load(R14, mem(R15, from));
+            self.asm.store(at(to), R14);
+        }
+        self.asm.bind(other);
+        self.asm.load(R14, at(at::SAVED_ENTRY_OF_STACK));
+        self.asm.u8(0xc3);
+    }
+
     fn wrote(&mut self) {
         self.save(0);
         self.asm.mov(RDI, RSP);
@@ -231,6 +268,7 @@ pub(crate) fn build(asm: &mut Asm, memory: &mut CodeMemory) -> Stubs {
     stubs.link = piece(&|b| b.link());
     stubs.run_op = piece(&|b| b.call_and_go_on(runtime::run_op as *const () as usize));
     stubs.load_x87 = piece(&|b| b.call_and_go_on(fpu::load as *const () as usize));
+    stubs.find_stack = piece(&|b| b.find_stack());
     let exit = stubs.exit;
     stubs.lookup = piece(&|b| lookup(b.asm, |asm| asm.jmp(exit)));
     let lookup = stubs.lookup;
