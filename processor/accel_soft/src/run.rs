@@ -749,6 +749,27 @@ impl Engine {
 }
 
 impl Cpu {
+    /// True when nothing has to come before the next block: `attention` is put down then.
+    pub(crate) fn settle_attention(&mut self) -> bool {
+        if self.shared.mailbox.has_events() {
+            return false;
+        }
+        if !self.attention {
+            return true;
+        }
+        let halts = self.waiting != Waiting::No || self.halted || self.code_stale;
+        let shadows = self.sti_shadow || self.mov_ss_shadow;
+        let nmi = self.nmi_pending && !self.nmi_masked;
+        self.attention = halts || shadows || nmi || self.may_be_interrupted();
+        !self.attention
+    }
+
+    /// True when an interrupt waits that can be delivered, or may once the end of the last one is known.
+    fn may_be_interrupted(&self) -> bool {
+        self.system_flag(Rflags::IF)
+            && (self.has_deferred_eoi() || self.apic.has_extint() || self.apic.pending().is_some())
+    }
+
     /// Takes over a changed map of memory: translations go.
     pub(crate) fn follow_memory(&mut self) {
         let generation = self.machine.memory.generation();

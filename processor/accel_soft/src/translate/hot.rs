@@ -3,6 +3,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
 
+use super::jumps::Jumps;
 use crate::cpu::{Cpu, Op};
 use crate::mmu::{StackPage, Tlb};
 use crate::simd::Vectors;
@@ -52,6 +53,8 @@ pub(crate) struct Gate {
     pub(crate) host_mxcsr: u32,
     /// What [`Hot::key`] was made of: a change means another key.
     pub(crate) key_of: (u16, u64),
+    /// The table that [`Hot::jumps`] is of, while translated code runs.
+    pub(crate) jumps: *mut Jumps,
 }
 
 impl Gate {
@@ -63,6 +66,7 @@ impl Gate {
             places: std::ptr::null(),
             host_mxcsr: 0x1f80,
             key_of: (0, 0),
+            jumps: std::ptr::null_mut(),
         }
     }
 }

@@ -8,6 +8,8 @@ use std::collections::HashMap;
 
 /// Entries.
 const ENTRIES: usize = 1 << 16;
+/// Keys that are found without a search.
+const RECENT: usize = 16;
 /// Bytes from a tag to the address of the code.
 pub(crate) const CODES: i32 = (ENTRIES * 8) as i32;
 
@@ -15,6 +17,8 @@ pub(crate) const CODES: i32 = (ENTRIES * 8) as i32;
 pub(crate) struct Jumps {
     words: Box<[u64]>,
     keys: HashMap<(u16, u64), u64>,
+    /// Keys that were asked for lately, by the low bits of what they stand for.
+    recent: [((u16, u64), u64); RECENT],
 }
 
 impl Jumps {
@@ -23,6 +27,7 @@ impl Jumps {
         Self {
             words: vec![0; 2 * ENTRIES].into_boxed_slice(),
             keys: HashMap::new(),
+            recent: [((0, 0), 0); RECENT],
         }
     }
 
@@ -33,6 +38,16 @@ impl Jumps {
 
     /// The key of a mode and of a version of the translations.
     pub(crate) fn key(&mut self, of: (u16, u64)) -> u64 {
+        let recent = (u64::from(of.0) ^ of.1) as usize % RECENT;
+        if self.recent[recent].0 == of && self.recent[recent].1 != 0 {
+            return self.recent[recent].1;
+        }
+        let key = self.find_key(of);
+        self.recent[recent] = (of, key);
+        key
+    }
+
+    fn find_key(&mut self, of: (u16, u64)) -> u64 {
         if let Some(key) = self.keys.get(&of) {
             return *key;
         }
@@ -55,5 +70,6 @@ impl Jumps {
     pub(crate) fn clear(&mut self) {
         self.words.fill(0);
         self.keys.clear();
+        self.recent = [((0, 0), 0); RECENT];
     }
 }

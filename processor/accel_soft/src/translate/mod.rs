@@ -174,6 +174,7 @@ impl Translator {
             cpu.hot.key = self.jumps.key(of);
         }
         cpu.hot.jumps = self.jumps.as_ptr();
+        cpu.gate.jumps = &raw mut self.jumps;
         cpu.gate.ops = ops;
         cpu.gate.places = self.places.as_ptr();
         cpu.hot.page = cpu.rip & !0xfff;

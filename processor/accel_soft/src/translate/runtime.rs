@@ -126,11 +126,20 @@ pub(crate) unsafe extern "sysv64" fn run_last(cpu: *mut Cpu, index: u32) -> u32 
     if flow == Flow::Fault {
         return exit::FAULT;
     }
-    let same = cpu.gate.key_of == (cpu.mode.bits(), cpu.tlb.version);
-    if flow == Flow::Next && same && !cpu.attention && !cpu.shared.mailbox.has_events() {
-        return u32::from(!super::vectors_are_masked(cpu));
+    let goes_on = flow == Flow::Next
+        && cpu.settle_attention()
+        && super::vectors_are_masked(cpu)
+        && super::is_for(cpu.mode);
+    if !goes_on {
+        return exit::NEXT;
     }
-    exit::NEXT
+    let of = (cpu.mode.bits(), cpu.tlb.version);
+    if cpu.gate.key_of != of {
+        cpu.gate.key_of = of;
+        // SAFETY: set by who entered translated code, which waits for its end.
+        cpu.hot.key = unsafe { (*cpu.gate.jumps).key(of) };
+    }
+    0
 }
 
 /// A store has hit a page that somebody watches, whose flag byte this is; `Cpu::rip` is set.
