@@ -11,16 +11,13 @@ use x86_defs::control::Rflags;
 use x86_defs::state::CS;
 
 use crate::apic::Event;
-use crate::block::{self, Block, BlockCache, Link};
+use crate::block::{self, Block, BlockCache, Link, NO_GENERATION, Second};
 use crate::cpu::{Access, BLOCK_RIP, Cpu, Exception, Flow, Mode, Op, Privilege, Result, Waiting};
 use crate::translate::{self, Home, Translator, exit};
 use crate::vm::SoftOptions;
 
 /// Bytes that a block is decoded from, at most.
 const MAX_BYTES: usize = 512;
-
-/// The generation of code that is in no memory or in two pages: it is looked up each time that it runs.
-static NO_GENERATION: AtomicU32 = AtomicU32::new(0);
 
 /// A vCPU and its decoded blocks.
 pub(crate) struct Engine {
@@ -262,7 +259,11 @@ impl Engine {
         };
         // SAFETY: `find` gives a live block.
         let this = unsafe { &*next };
-        if self.cache.flushes != flushes || this.host.is_null() || this.mode.contains(Mode::STEP) {
+        if self.cache.flushes != flushes
+            || this.host.is_null()
+            || this.is_across()
+            || this.mode.contains(Mode::STEP)
+        {
             return next;
         }
         if this.code.near == 0 && !self.is_hot(next) {
@@ -326,7 +327,12 @@ impl Engine {
                 && (*next).mode == (*block).mode;
             let link = Link {
                 rip,
-                version: if near { u64::MAX } else { self.cpu.tlb.version },
+                // Where the rest of an instruction lies is known for these translations only.
+                version: if near && !(*next).is_across() {
+                    u64::MAX
+                } else {
+                    self.cpu.tlb.version
+                },
                 block: next,
             };
             let this = &mut *block.cast_mut();
@@ -492,9 +498,12 @@ impl Engine {
             if self.cpu.sti_shadow || self.cpu.mov_ss_shadow {
                 self.cpu.sti_shadow = false;
                 self.cpu.mov_ss_shadow = false;
-                let go = self.run_one();
-                self.cpu.attention = true;
-                return go;
+                // In HLT the instruction after it has been executed: it was that.
+                if !self.cpu.halted {
+                    let go = self.run_one();
+                    self.cpu.attention = true;
+                    return go;
+                }
             }
             if self.interrupt().is_break() {
                 return Go::Break(Exit::Shutdown);
@@ -590,7 +599,9 @@ impl Engine {
         self.cpu.tlb.note_fetched(linear);
         if let Some(found) = self.cache.find(host, mode) {
             // SAFETY: a live block of the cache.
-            if unsafe { (*found).is_fresh() } || self.revalidate(found) {
+            let this = unsafe { &*found };
+            let fits = !this.is_across() || self.second_page(linear)? == this.second.host;
+            if fits && (this.is_fresh() || self.revalidate(found)) {
                 return Ok(found);
             }
             self.cache.forget(host, mode);
@@ -639,6 +650,9 @@ impl Engine {
     fn revalidate(&mut self, block: *mut Block) -> bool {
         // SAFETY: a live block of the cache.
         let this = unsafe { &mut *block };
+        if this.is_across() {
+            return false;
+        }
         let Some((_, generation)) = self.mark(this.host) else {
             return false;
         };
@@ -687,9 +701,19 @@ impl Engine {
             return self.fetch_across(linear, host, in_page, mode);
         }
         let source = &bytes[..decoded.len];
-        Ok(self
-            .cache
-            .insert(host, mode, first, decoded.count, source, generation))
+        let block = self.cache.insert(host, mode, first, decoded.count);
+        Ok(self.cache.know(block, source, generation, Second::NONE))
+    }
+
+    /// The page behind the one of a linear address, in the host; null for device space.
+    fn second_page(&mut self, linear: u64) -> Result<*const u8> {
+        let second = self.cpu.wrap_linear((linear & !0xfff).wrapping_add(0x1000));
+        let page = match self.cpu.tlb.fetch_hit(second) {
+            Some(page) => page,
+            None => self.fetch_map(second)?,
+        };
+        self.cpu.tlb.note_fetched(second);
+        Ok(page)
     }
 
     /// An instruction that lies in two pages.
@@ -701,22 +725,39 @@ impl Engine {
         in_page: usize,
         mode: Mode,
     ) -> Result<*const Block> {
+        let more = self.second_page(linear)?;
+        let marked = if more.is_null() {
+            None
+        } else {
+            self.mark(host).zip(self.mark(more))
+        };
         let mut bytes = [0; 15];
         let first = in_page.min(15);
         // SAFETY: the bytes lie inside the page, which is mapped.
         unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), first) };
-        let second = self.cpu.wrap_linear(linear.wrapping_add(first as u64));
-        let more = match self.cpu.tlb.fetch_hit(second) {
-            Some(page) => page.wrapping_add(second as usize & 0xfff),
-            None => self.fetch_map(second)?,
-        };
         if !more.is_null() {
             // SAFETY: at most 14 bytes from the start of a page that is mapped.
             unsafe {
                 std::ptr::copy_nonoverlapping(more, bytes[first..].as_mut_ptr(), 15 - first);
             }
         }
-        Ok(self.pass(&bytes, mode))
+        let Some((generation, second)) = marked else {
+            return Ok(self.pass(&bytes, mode));
+        };
+        if self.cache.is_full() {
+            self.clear_blocks();
+        }
+        let at = self.cache.ops().len();
+        let decoded = block::decode(&bytes, false, mode | Mode::STEP, self.cache.ops());
+        let block = self.cache.insert(host, mode, at, decoded.count);
+        let second = Second {
+            host: more,
+            generation_at: second.0,
+            generation: second.1,
+        };
+        Ok(self
+            .cache
+            .know(block, &bytes[..decoded.len], generation, second))
     }
 
     /// An instruction in device space.
@@ -758,9 +799,9 @@ impl Cpu {
             return true;
         }
         let halts = self.waiting != Waiting::No || self.halted || self.code_stale;
-        let shadows = self.sti_shadow || self.mov_ss_shadow;
+        // A shadow stays until the next look at the state of things, which then lets one instruction more go first.
         let nmi = self.nmi_pending && !self.nmi_masked;
-        self.attention = halts || shadows || nmi || self.may_be_interrupted();
+        self.attention = halts || nmi || self.may_be_interrupted();
         !self.attention
     }
 

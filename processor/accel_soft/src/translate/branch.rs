@@ -204,7 +204,7 @@ impl Compiler<'_> {
         let condition = condition_of(at.i.mnemonic()).expect("a conditional jump");
         let taken = self.near_target(at);
         let (next, here) = (self.next_place(at), self.here(at));
-        if in_page(taken) && taken > here {
+        if in_page(taken) && taken > here && !self.successors.is_across(taken) {
             let from = self.asm.label();
             let place = self.asm.jcc(condition, from);
             self.link(place, from, taken);
@@ -230,7 +230,7 @@ impl Compiler<'_> {
     /// Goes on at a place relative to the page.
     pub(crate) fn go(&mut self, at: At, target: i32) {
         let back = target <= self.here(at);
-        if in_page(target) {
+        if in_page(target) && !self.successors.is_across(target) {
             if back {
                 self.look_at_events(Some(target));
             }
@@ -243,7 +243,7 @@ impl Compiler<'_> {
                 self.look_at_events(None);
             }
             let exit = self.stubs.exit;
-            lookup(self.asm, |asm| asm.jmp(exit));
+            lookup(self.asm, self.has_rorx, |asm| asm.jmp(exit));
         }
     }
 
@@ -330,7 +330,7 @@ impl Compiler<'_> {
     fn go_to_address(&mut self, at: At, stack: i32) {
         self.look_at_events_before_branch(at, stack);
         let label = self.asm.label();
-        lookup(self.asm, |asm: &mut Asm| {
+        lookup(self.asm, self.has_rorx, |asm: &mut Asm| {
             asm.jmp_label(label);
         });
         let op = self.op_number(at);

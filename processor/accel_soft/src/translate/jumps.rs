@@ -1,8 +1,9 @@
 //! The table of indirect jumps: from a guest address to the translated code of what is there.
 //!
-//! Translated code looks itself up in it. An entry is found by the low 16 bits of the address. Its tag is the negative of the
-//! address and the key of the mode and translations that it is good for, added up; keys are multiples of 2^48 that are not
-//! zero, so that no tag of a canonical address is zero and no two are equal.
+//! Translated code looks itself up in it. A key stands for the mode and the translations that an entry is good for; its upper
+//! 16 bits are an even number that is not zero, the low 16 spread the entries of equal addresses. An entry is found by the low
+//! bits of address and key, added up; its tag is the negative of the sum. Sums of different keys differ by more than two
+//! canonical addresses can, so that no two are equal and none is zero.
 
 use std::collections::HashMap;
 
@@ -19,6 +20,8 @@ pub(crate) struct Jumps {
     keys: HashMap<(u16, u64), u64>,
     /// Keys that were asked for lately, by the low bits of what they stand for.
     recent: [((u16, u64), u64); RECENT],
+    /// Translated code mixes the bits of addresses.
+    mixes: bool,
 }
 
 impl Jumps {
@@ -28,6 +31,7 @@ impl Jumps {
             words: vec![0; 2 * ENTRIES].into_boxed_slice(),
             keys: HashMap::new(),
             recent: [((0, 0), 0); RECENT],
+            mixes: super::stubs::has_rorx(),
         }
     }
 
@@ -51,18 +55,25 @@ impl Jumps {
         if let Some(key) = self.keys.get(&of) {
             return *key;
         }
-        if self.keys.len() == 0xfffe {
+        if self.keys.len() == 0x7ffe {
             self.clear();
         }
-        let key = (self.keys.len() as u64 + 1) << 48;
+        let number = 2 * (self.keys.len() as u64 + 1);
+        let key = number << 48 | number.wrapping_mul(0x9e37) & 0xffff;
         self.keys.insert(of, key);
         key
     }
 
     /// Enters code.
     pub(crate) fn enter(&mut self, rip: u64, key: u64, code: u64) {
-        let at = rip as usize & (ENTRIES - 1);
-        self.words[at] = rip.wrapping_add(key).wrapping_neg();
+        let sum = rip.wrapping_add(key);
+        let mixed = if self.mixes {
+            sum.wrapping_add(sum.rotate_right(16))
+        } else {
+            sum
+        };
+        let at = mixed as usize & (ENTRIES - 1);
+        self.words[at] = sum.wrapping_neg();
         self.words[ENTRIES + at] = code;
     }
 

@@ -45,6 +45,23 @@ impl<'a> Successors<'a> {
         live
     }
 
+    /// True when an instruction at a place in the page goes on in the next: what it is depends on where that lies.
+    pub(crate) fn is_across(&self, place: i32) -> bool {
+        let Some(bytes) = usize::try_from(place)
+            .ok()
+            .and_then(|at| self.page.get(at..))
+        else {
+            return false;
+        };
+        if bytes.len() >= 15 {
+            return false;
+        }
+        let options = decoder_options(self.mode);
+        let mut decoder = Decoder::new(self.mode.bitness(), bytes, options);
+        let _ = decoder.decode();
+        decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
+    }
+
     fn look(&self, mut at: usize) -> u32 {
         let (mut live, mut unknown) = (0, flags::ALL);
         let mut i = Instruction::default();

@@ -145,7 +145,7 @@ impl Translator {
             pages: HashMap::new(),
             dead: HashMap::new(),
             places: Vec::new(),
-            has_rorx: std::arch::is_x86_feature_detected!("bmi2"),
+            has_rorx: stubs::has_rorx(),
             common,
             seen_writes: guest_memory::code_writes(),
         })
@@ -260,18 +260,34 @@ impl Translator {
     fn note(&mut self, block: *mut Block) {
         // SAFETY: a live block.
         let this = unsafe { &*block };
-        let page = self
-            .pages
-            .entry(this.host as usize & !0xfff)
-            .or_insert(Page {
-                generation_at: this.generation_at,
-                generation: this.generation,
-                blocks: Vec::new(),
-            });
-        if page.generation == this.generation {
+        let first = (
+            this.host as usize & !0xfff,
+            this.generation_at,
+            this.generation,
+        );
+        self.note_in_page(block, first);
+        if this.is_across() {
+            let second = this.second;
+            let second = (
+                second.host as usize,
+                second.generation_at,
+                second.generation,
+            );
+            self.note_in_page(block, second);
+        }
+    }
+
+    fn note_in_page(&mut self, block: *mut Block, page: (usize, *const AtomicU32, u32)) {
+        let (at, generation_at, generation) = page;
+        let page = self.pages.entry(at).or_insert(Page {
+            generation_at,
+            generation,
+            blocks: Vec::new(),
+        });
+        if page.generation == generation {
             page.blocks.push(block);
-        } else if page.now() == this.generation {
-            page.generation = this.generation;
+        } else if page.now() == generation {
+            page.generation = generation;
             let old = std::mem::replace(&mut page.blocks, vec![block]);
             old.into_iter().for_each(|block| self.kill(block));
         } else {

@@ -94,7 +94,7 @@ pub(crate) unsafe extern "sysv64" fn run_op(cpu: *mut Cpu, index: u32) -> u32 {
     settle(cpu, &alone[0], flow, rest);
     let unit_back = !unit_live || fpu::enter(cpu);
     match flow {
-        Flow::Next if !cpu.attention && unit_back && super::vectors_are_masked(cpu) => 0,
+        Flow::Next if unit_back && goes_on(cpu) => 0,
         Flow::Next => {
             cpu.instructions -= rest;
             cpu.rip = cpu.next_rip(&alone[0]);
@@ -103,6 +103,12 @@ pub(crate) unsafe extern "sysv64" fn run_op(cpu: *mut Cpu, index: u32) -> u32 {
         Flow::Left => exit::NEXT,
         Flow::Fault => exit::FAULT,
     }
+}
+
+/// True when translated code of the same block may go on.
+fn goes_on(cpu: &mut Cpu) -> bool {
+    let same = cpu.gate.key_of == (cpu.mode.bits(), cpu.tlb.version);
+    same && super::vectors_are_masked(cpu) && cpu.settle_attention()
 }
 
 /// Executes the last operation of a block by the interpreter; it sets `Cpu::rip`. Zero: go on there.
@@ -126,15 +132,14 @@ pub(crate) unsafe extern "sysv64" fn run_last(cpu: *mut Cpu, index: u32) -> u32 
     if flow == Flow::Fault {
         return exit::FAULT;
     }
-    let goes_on = flow == Flow::Next
-        && cpu.settle_attention()
-        && super::vectors_are_masked(cpu)
-        && super::is_for(cpu.mode);
-    if !goes_on {
+    if flow != Flow::Next || !cpu.settle_attention() || !super::vectors_are_masked(cpu) {
         return exit::NEXT;
     }
     let of = (cpu.mode.bits(), cpu.tlb.version);
     if cpu.gate.key_of != of {
+        if !super::is_for(cpu.mode) {
+            return exit::NEXT;
+        }
         cpu.gate.key_of = of;
         // SAFETY: set by who entered translated code, which waits for its end.
         cpu.hot.key = unsafe { (*cpu.gate.jumps).key(of) };

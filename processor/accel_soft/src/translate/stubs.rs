@@ -228,14 +228,25 @@ pub(crate) fn jrcxz(asm: &mut Asm, distance: u8) {
     asm.u8(distance);
 }
 
+/// True when the host has RORX, which shifts without a change of flags.
+pub(crate) fn has_rorx() -> bool {
+    std::arch::is_x86_feature_detected!("bmi2")
+}
+
 /// Goes to the translated code of the address in R14, or, when there is none, to `miss` with `Cpu::rip` set. Flags are kept.
-pub(crate) fn lookup(asm: &mut Asm, miss: impl FnOnce(&mut Asm)) {
+pub(crate) fn lookup(asm: &mut Asm, has_rorx: bool, miss: impl FnOnce(&mut Asm)) {
     asm.store(hot(at::RIP), R14);
     asm.store(hot(at::SAVED_REGISTER), RCX);
-    // MOVZX R10d, R9w: the index.
-    asm.ins(np(0xb7), R15, Rm::Reg(R14));
     asm.load(RCX, hot(at::KEY));
     asm.lea(R14, Rm::Mem(Some(R14), Some((RCX, 0)), 0));
+    if has_rorx {
+        asm.vex(3, 3, true, false, 0xf0, R15, 0, Rm::Reg(R14));
+        asm.u8(16);
+        asm.lea(R15, Rm::Mem(Some(R15), Some((R14, 0)), 0));
+        asm.ins(np(0xb7), R15, Rm::Reg(R15));
+    } else {
+        asm.ins(np(0xb7), R15, Rm::Reg(R14));
+    }
     asm.load(RCX, hot(at::JUMPS));
     asm.lea(R15, Rm::Mem(Some(RCX), Some((R15, 3)), 0));
     asm.load(RCX, mem(R15, 0));
@@ -253,6 +264,7 @@ pub(crate) fn lookup(asm: &mut Asm, miss: impl FnOnce(&mut Asm)) {
 
 /// Puts the common code at the start of the cache.
 pub(crate) fn build(asm: &mut Asm, memory: &mut CodeMemory) -> Stubs {
+    let has_rorx = has_rorx();
     let wide = std::arch::is_x86_feature_detected!("avx");
     let mut stubs = Stubs::default();
     let mut piece = |emit: &dyn Fn(&mut Builder)| {
@@ -270,7 +282,7 @@ pub(crate) fn build(asm: &mut Asm, memory: &mut CodeMemory) -> Stubs {
     stubs.load_x87 = piece(&|b| b.call_and_go_on(fpu::load as *const () as usize));
     stubs.find_stack = piece(&|b| b.find_stack());
     let exit = stubs.exit;
-    stubs.lookup = piece(&|b| lookup(b.asm, |asm| asm.jmp(exit)));
+    stubs.lookup = piece(&|b| lookup(b.asm, has_rorx, |asm| asm.jmp(exit)));
     let lookup = stubs.lookup;
     stubs.run_last = piece(&|b| b.run_last(lookup));
     stubs.wrote = piece(&|b| b.wrote());
