@@ -2,12 +2,15 @@
 //! stop it from coming back.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use accel::CpuIo;
+use accel::{CpuIo, Exit};
 use guest_clock::GuestClock;
 use guest_memory::{BackingOptions, GuestMemory};
 use x86_defs::state::{CS, MpState, VcpuState};
 
+use crate::apic::Event;
 use crate::cpu::{Cpu, Machine, VcpuShared};
 use crate::run::Engine;
 use crate::vm::SoftOptions;
@@ -171,4 +174,52 @@ fn nothing_that_a_guest_executes_ends_in_a_panic() {
         engine.cpu.restore(&state).unwrap();
     }
     assert!(steps > 1000, "{steps} steps, {shutdowns} shutdowns");
+}
+
+/// The same with all code translated, and time to run: it must come back when it is kicked.
+#[test]
+fn nothing_that_is_translated_ends_in_a_panic() {
+    let memory = GuestMemory::new();
+    memory
+        .add_ram(0, MEMORY, BackingOptions::default())
+        .unwrap();
+    let machine = Arc::new(Machine::new(memory.clone(), GuestClock::new()));
+    let shared = Arc::new(VcpuShared::new(0));
+    let cpuid = crate::system::supported_cpuid();
+    let cpu = Cpu::new(machine, shared.clone(), &cpuid, crate::system::TSC_KHZ);
+    let options = SoftOptions {
+        hot_after: 0,
+        ..SoftOptions::default()
+    };
+    let mut engine = Engine::new(cpu, options);
+    let fresh = engine.cpu.save();
+    let seed = std::env::var("CORTEN_WILD_SEED").ok();
+    let seed = seed.and_then(|s| s.parse().ok()).unwrap_or(1u64);
+    let mut random = Random(0x2545_f491_4f6c_dd1d ^ seed << 20);
+    let done = Arc::new(AtomicBool::new(false));
+    let over = done.clone();
+    let kicker = std::thread::spawn(move || {
+        while !over.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_micros(300));
+            shared.mailbox.raise(Event::KICK);
+        }
+    });
+    let mut shutdowns = 0;
+    for _ in 0..1500 {
+        fill(&memory, &mut random);
+        let mut state = fresh.clone();
+        scramble(&mut state, &mut random);
+        engine.cpu.power_up();
+        engine.cpu.restore(&state).unwrap();
+        for _ in 0..4 {
+            if engine.run(&Noise) == Exit::Shutdown {
+                shutdowns += 1;
+                break;
+            }
+            engine.cpu.halted = false;
+        }
+    }
+    done.store(true, Ordering::SeqCst);
+    kicker.join().unwrap();
+    assert!(engine.cpu.instructions > 10_000, "{shutdowns} shutdowns");
 }

@@ -239,7 +239,8 @@ impl Compiler<'_> {
             self.link(place, from, target);
         } else {
             self.address_in_page(target);
-            if back {
+            if back || !self.code64() {
+                // Two jumps forward may go round 4 GiB.
                 self.look_at_events(None);
             }
             let exit = self.stubs.exit;
