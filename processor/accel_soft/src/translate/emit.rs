@@ -4,6 +4,7 @@
 pub(crate) type Reg = u8;
 pub(crate) const RAX: Reg = 0;
 pub(crate) const RCX: Reg = 1;
+pub(crate) const RDX: Reg = 2;
 pub(crate) const RBX: Reg = 3;
 pub(crate) const RSP: Reg = 4;
 pub(crate) const RBP: Reg = 5;
@@ -332,6 +333,8 @@ impl Asm {
 
 /// Conditions of jumps.
 pub(crate) mod cc {
+    pub(crate) const AE: u8 = 3;
     pub(crate) const NE: u8 = 5;
+    pub(crate) const BE: u8 = 6;
     pub(crate) const A: u8 = 7;
 }

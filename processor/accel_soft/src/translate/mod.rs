@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `code` | a compiler of blocks: memory operands, flags, what goes out of line |
 //! | `native` | instructions that are executed as they are |
-//! | `branch` | branches and the stack |
+//! | `branch`, `divide` | branches and the stack; division |
 //! | `shape`, `encoding`, `flags`, `liveness` | what there is to know of an instruction |
 //! | `emit`, `memory` | bytes of code, and where they are kept |
 //! | `registers`, `hot`, `home` | where the guest's state is |
@@ -17,6 +17,7 @@
 
 mod branch;
 mod code;
+mod divide;
 mod emit;
 mod encoding;
 mod flags;
@@ -549,6 +550,9 @@ impl Compiler<'_> {
         }
         if shape::is_stack(at.i) {
             return self.stack_instruction(at);
+        }
+        if divide::is_division(at.i) {
+            return self.divide(at);
         }
         let Some(mut e) = Encoding::parse(bytes, self.code64()) else {
             return false;

@@ -78,7 +78,7 @@ pub(crate) fn is_known(i: &Instruction, mode: Mode) -> bool {
     if is_x87(i) {
         return mode.contains(Mode::X87);
     }
-    if general(i.mnemonic()) {
+    if general(i.mnemonic()) || super::divide::is_division(i) {
         return i.cpuid_features().iter().all(|f| host_has(*f));
     }
     let enabled = if i.encoding() == EncodingKind::VEX {
