@@ -22,6 +22,55 @@ fn boots_to_user_space_and_powers_off() {
 }
 
 #[test]
+fn a_named_model_is_what_the_guest_sees() {
+    let script = "grep -m5 -E 'vendor|family|model|flags' /proc/cpuinfo;dmesg -r|grep '^<[0-4]>'|sed s/^/WARNING:/";
+    for (model, vendor, family, name, has, lacks) in [
+        (
+            "Opteron_G5",
+            "AuthenticAMD",
+            "21",
+            "AMD Opteron 63xx class CPU",
+            " fma ",
+            " avx2 ",
+        ),
+        (
+            "Haswell-v4,-avx",
+            "GenuineIntel",
+            "6",
+            "Intel Core Processor (Haswell, no TSX, IBRS)",
+            " avx2 ",
+            " avx ",
+        ),
+    ] {
+        let Some(mut run) = guest("a_named_model", script) else {
+            return;
+        };
+        let text = run_to_end(run.args(["--cpu", model]));
+        let line = |start: &str| {
+            let found = text.lines().find(|line| line.starts_with(start));
+            found
+                .unwrap_or_default()
+                .split(": ")
+                .nth(1)
+                .unwrap_or_default()
+                .trim()
+                .to_owned()
+        };
+        assert_eq!(
+            (line("vendor_id"), line("cpu family"), line("model name")),
+            (vendor.into(), family.into(), name.into()),
+            "{text}"
+        );
+        let flags = format!(" {} ", line("flags"));
+        assert!(
+            flags.contains(has) && !flags.contains(lacks),
+            "{model}: {flags}"
+        );
+        assert!(!text.lines().any(|l| l.starts_with("WARNING:")), "{text}");
+    }
+}
+
+#[test]
 fn four_vcpus_come_up_and_work() {
     let script = "echo CPUS=$(nproc);for n in 1 2 3 4;do (i=0;while [ $i -lt 20000 ];do i=$((i- -1));done;echo WORKER-$n)& done;wait";
     let Some(mut run) = guest("four_vcpus_come_up_and_work", script) else {

@@ -1,6 +1,7 @@
 //! The corten binary: argument parsing, progress, output; no logic.
 
 mod img;
+mod nbd;
 mod run;
 
 use std::process::ExitCode;
@@ -30,16 +31,26 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Serve an image over the NBD protocol: the options of qemu-nbd
+    #[command(disable_help_flag = true)]
+    Nbd {
+        /// Options and the image's name
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().map(|a| a.to_string_lossy().into_owned());
     let program = arguments.next().unwrap_or_default();
-    if program.rsplit('/').next() == Some("qemu-img") {
-        return img::main(&arguments.collect::<Vec<_>>(), true);
+    match program.rsplit('/').next() {
+        Some("qemu-img") => return img::main(&arguments.collect::<Vec<_>>(), true),
+        Some("qemu-nbd") => return nbd::main(&arguments.collect::<Vec<_>>(), true),
+        _ => {}
     }
     match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Img { arguments } => img::main(&arguments, false),
+        Command::Nbd { arguments } => nbd::main(&arguments, false),
     }
 }

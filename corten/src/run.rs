@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use clap::Args;
 use machine::{Outcome, RunOptions};
 use vm_spec::{
-    AccelChoice, BalloonSpec, CharSpec, CpuSpec, DiskSpec, KernelSpec, MachineType, NetSpec,
-    OptionError, Options, VmSpec, VsockSpec, parse_size,
+    BalloonSpec, CharSpec, CpuSpec, DiskSpec, KernelSpec, MachineType, NetSpec, OptionError,
+    Options, VmSpec, VsockSpec, parse_accel, parse_size,
 };
 
 const DEFAULT_MEMORY: u64 = 1 << 30;
@@ -25,13 +25,15 @@ pub(crate) struct RunArguments {
     /// Identity that the guest sees in SMBIOS (default: a new one)
     #[arg(long, value_name = "UUID")]
     uuid: Option<uuid::Uuid>,
-    /// Processor: auto (KVM where it runs at hardware speed, else the software CPU), kvm or soft
+    /// Processor: auto (KVM where it runs at hardware speed, else the software CPU), kvm, or
+    /// soft[,translate=on|off][,cache-size=SIZE] (translate hot code to the host's; bytes of it for a vCPU, 64M by default)
     #[arg(long, value_name = "ACCEL", default_value = "auto")]
     accel: String,
     /// Board: q35 (microvm is not there yet)
     #[arg(long, value_name = "TYPE", default_value = "q35")]
     machine: String,
-    /// CPU model and features: MODEL[,+feature][,-feature]; models: max, host
+    /// CPU model and features: MODEL[,+feature][,-feature][,enforce]; models: max, host and QEMU's names with their versions,
+    /// such as Haswell or EPYC-v3 (`--cpu help` lists them)
     #[arg(long, value_name = "MODEL", default_value = "max")]
     cpu: String,
     /// Number of vCPUs
@@ -116,8 +118,7 @@ impl RunArguments {
         let mut spec = VmSpec::new(size);
         spec.name.clone_from(&self.name);
         spec.uuid = self.uuid.unwrap_or(spec.uuid);
-        spec.accel = AccelChoice::parse(&self.accel)
-            .ok_or_else(|| not_one_of("--accel", &self.accel, AccelChoice::NAMES))?;
+        (spec.accel, spec.soft) = parse_accel("--accel", &self.accel)?;
         spec.machine = MachineType::parse(&self.machine)
             .ok_or_else(|| not_one_of("--machine", &self.machine, MachineType::NAMES))?;
         spec.cpu = CpuSpec::parse("--cpu", &self.cpu)?;
@@ -239,6 +240,12 @@ fn kernel_cache() -> Option<PathBuf> {
 
 /// Runs the machine to its end.
 pub(crate) fn run(arguments: &RunArguments) -> ExitCode {
+    if matches!(arguments.cpu.as_str(), "help" | "?") {
+        machine::cpu_model::model_names()
+            .iter()
+            .for_each(|name| println!("{name}"));
+        return ExitCode::SUCCESS;
+    }
     let (spec, qmp) = match (arguments.spec(), arguments.qmp_path()) {
         (Ok(spec), Ok(qmp)) => (spec, qmp),
         (Err(why), _) | (_, Err(why)) => {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use accel::Accel;
-use accel_soft::{SoftAccel, SoftEmulator};
+use accel_soft::{SoftAccel, SoftEmulator, SoftOptions};
 use libtest_mimic::{Arguments, Trial};
 use test_guests::suite;
 
@@ -19,14 +19,24 @@ fn kvm() -> Processor {
     }
 }
 
-fn soft() -> Processor {
-    Ok(Arc::new(SoftAccel::new()))
+/// The software CPU, which translates all code or none.
+fn soft(translate: bool) -> Processor {
+    Ok(Arc::new(SoftAccel::new(SoftOptions {
+        translate,
+        hot_after: 0,
+        ..SoftOptions::default()
+    })))
 }
 
 fn main() {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
-    for (name, processor) in [("kvm", kvm()), ("soft", soft())] {
+    let processors = [
+        ("kvm", kvm()),
+        ("soft", soft(true)),
+        ("interpreter", soft(false)),
+    ];
+    for (name, processor) in processors {
         if let Err(why) = &processor
             && !arguments.list
         {

@@ -1,6 +1,5 @@
 //! `check`.
 
-use block::BlockBackend;
 use image_formats::ImageOptions;
 use image_formats::qcow2::{CheckReport, Repair};
 use serde_json::json;
@@ -42,13 +41,17 @@ pub(crate) async fn check(tool: Tool, rest: &[String]) -> Outcome {
     };
     let (disk, image) = open(name, &options).await?;
     let format = image.backend.format_name();
-    let Some(qcow2) = image.qcow2 else {
+    let report = match (&image.qcow2, &image.format) {
+        (Some(qcow2), _) => Some(qcow2.check(repair).await?),
+        (None, Some(other)) => other.check(repair).await?,
+        (None, None) => None,
+    };
+    let Some(report) = report else {
         return Err(Failure::plain("This image format does not support checks").with_code(63));
     };
-    let report = qcow2.check(repair).await?;
     drop(disk);
     if repair != Repair::None {
-        qcow2.close().await?;
+        image.backend.close().await?;
     }
     let repaired = report.corruptions_fixed + report.leaks_fixed > 0;
     if json {

@@ -98,6 +98,7 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
             };
             let (_, detected) = look_at_backing(target, backing, None, &follow).await?;
             spec.qcow2.backing_format = Some(detected.to_owned());
+            spec.complete()?;
         }
         // The person named the backing file on this very command line.
         let follow = ImageOptions {
@@ -298,9 +299,12 @@ pub(crate) async fn compare(tool: Tool, rest: &[String]) -> Outcome {
 
 /// The name of the file below `image` as it can be opened from here.
 pub(crate) fn name_below(image_name: &str, image: &Image) -> Option<(String, Option<String>)> {
-    let header = image.qcow2.as_ref()?.header();
-    Some((
-        resolve_name(image_name, &header.backing_file?),
-        header.backing_format,
-    ))
+    if let Some(qcow2) = &image.qcow2 {
+        let header = qcow2.header();
+        let name = resolve_name(image_name, &header.backing_file?);
+        return Some((name, header.backing_format));
+    }
+    let description = image.format.as_ref()?.describe();
+    let name = resolve_name(image_name, &description.backing_file?);
+    Some((name, description.backing_format))
 }

@@ -4,9 +4,12 @@ use std::rc::Rc;
 
 use block::{BlockBackend, Medium};
 use image_formats::qcow2::{self, Compatible, CompressionType, CreateOptions, Preallocation};
-use image_formats::{Image, ImageOptions, Opener, create_file, open_image, probe, resolve_name};
+use image_formats::{
+    Image, ImageOptions, NewImage, Opener, create_file, open_image, probe, resolve_name,
+};
 
 use super::args::{flag, key_values, size, value};
+use super::formats;
 use super::output::say;
 use super::sizes::preallocate_raw;
 use super::{Failure, Outcome, Tool};
@@ -15,12 +18,14 @@ use super::{Failure, Outcome, Tool};
 pub(crate) struct ImageSpec {
     pub(crate) raw: bool,
     pub(crate) qcow2: CreateOptions,
+    /// Set if it is neither raw nor qcow2; then only size and backing file of `qcow2` count.
+    pub(crate) other: Option<NewImage>,
     size_given: bool,
     version_given: bool,
 }
 
 /// Reads on or off.
-fn switch(key: &str, text: &str) -> Result<bool, Failure> {
+pub(crate) fn switch(key: &str, text: &str) -> Result<bool, Failure> {
     match text {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),
@@ -50,9 +55,11 @@ impl ImageSpec {
         backing: Option<&str>,
         backing_format: Option<&str>,
     ) -> Result<Self, Failure> {
+        let other = NewImage::of(format);
         let raw = match format {
             "raw" => true,
             "qcow2" => false,
+            _ if other.is_some() => false,
             other => return Err(Failure::plain(format!("Unknown file format '{other}'"))),
         };
         let options = CreateOptions {
@@ -64,6 +71,7 @@ impl ImageSpec {
         let mut spec = Self {
             raw,
             qcow2: options,
+            other,
             size_given: disk_size.is_some(),
             version_given: false,
         };
@@ -76,7 +84,23 @@ impl ImageSpec {
             ));
         }
         spec.qcow2.size = spec.qcow2.size.next_multiple_of(512);
+        spec.complete()?;
         Ok(spec)
+    }
+
+    /// Hands size and backing file on to the format.
+    pub(crate) fn complete(&mut self) -> Outcome {
+        if let Some(other) = &mut self.other {
+            other.set_size(self.qcow2.size);
+            let backing = self.qcow2.backing_file.clone();
+            if !other.set_backing(backing.clone()) && backing.is_some() {
+                let format = other.format();
+                return Err(Failure::plain(format!(
+                    "Backing file not supported for file format '{format}'"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn set(&mut self, key: &str, value: &str) -> Outcome {
@@ -88,13 +112,27 @@ impl ImageSpec {
             })
         };
         let options = &mut self.qcow2;
+        if let Some(other) = &mut self.other
+            && formats::set(other, key, value)?
+        {
+            return Ok(());
+        }
         match key {
             "size" => {
                 options.size = number()?;
                 self.size_given = true;
             }
-            "preallocation" => options.preallocation = preallocation(value)?,
             "extent_size_hint" | "nocow" => {}
+            "backing_file" if self.other.is_some() => {
+                options.backing_file = Some(value.to_owned()).filter(|v| !v.is_empty());
+            }
+            "backing_fmt" if self.other.is_some() => {
+                options.backing_format = Some(value.to_owned());
+            }
+            _ if self.other.is_some() => {
+                return Err(Failure::plain(format!("Invalid parameter '{key}'")));
+            }
+            "preallocation" => options.preallocation = preallocation(value)?,
             _ if self.raw => return Err(Failure::plain(format!("Invalid parameter '{key}'"))),
             "backing_file" => {
                 options.backing_file = Some(value.to_owned()).filter(|v| !v.is_empty());
@@ -142,7 +180,7 @@ impl ImageSpec {
     ) -> Result<Image, Failure> {
         let medium: Rc<dyn Medium> = create_file(name, options.cache)?;
         let cache = options.cache;
-        let format = if self.raw { "raw" } else { "qcow2" };
+        let format = self.format();
         let options = ImageOptions {
             format: Some(format.to_owned()),
             write: true,
@@ -150,7 +188,11 @@ impl ImageSpec {
             ..options.clone()
         };
         let opener = Opener::new(options);
-        if self.raw {
+        if let Some(other) = &self.other {
+            let random = || uuid::Uuid::new_v4().into_bytes();
+            let created = other.create(&medium, &opener, random).await;
+            created.map_err(|e| Failure::plain(format!("{name}: {}", e.one_line())))?;
+        } else if self.raw {
             medium.set_len(self.qcow2.size).await?;
             preallocate_raw(&*medium, 0, self.qcow2.size, self.qcow2.preallocation).await?;
         } else {
@@ -171,9 +213,21 @@ impl ImageSpec {
         Ok(opener.open_format(medium).await?)
     }
 
+    /// The format's name.
+    pub(crate) fn format(&self) -> &'static str {
+        match &self.other {
+            Some(other) => other.format(),
+            None if self.raw => "raw",
+            None => "qcow2",
+        }
+    }
+
     /// The line that announces the image.
     fn describe(&self, name: &str) -> String {
         let o = &self.qcow2;
+        if let Some(other) = &self.other {
+            return formats::describe(other, name, o);
+        }
         if self.raw {
             return format!("Formatting '{name}', fmt=raw size={}", o.size);
         }
@@ -288,6 +342,7 @@ pub(crate) async fn create(tool: Tool, rest: &[String]) -> Outcome {
             spec.qcow2.size = below;
             spec.size_given = true;
         }
+        spec.complete()?;
     }
     if !spec.size_given {
         return Err(Failure::plain(format!(
@@ -295,7 +350,11 @@ pub(crate) async fn create(tool: Tool, rest: &[String]) -> Outcome {
         )));
     }
     // Refused before the file is touched.
-    if !spec.raw {
+    if let Some(other) = &spec.other {
+        other
+            .measure(&[])
+            .map_err(|e| Failure::plain(format!("{name}: {}", e.message())))?;
+    } else if !spec.raw {
         spec.qcow2
             .measure(0)
             .map_err(|e| Failure::plain(format!("{name}: {}", e.message())))?;
@@ -303,7 +362,12 @@ pub(crate) async fn create(tool: Tool, rest: &[String]) -> Outcome {
     if !parsed.has('q') {
         say(spec.describe(name));
     }
-    let image = spec.make(tool, name, &options, false).await?;
+    // Whatever other files there are, the person has named them here.
+    let follow = ImageOptions {
+        external: image_formats::External::Follow,
+        ..options
+    };
+    let image = spec.make(tool, name, &follow, false).await?;
     image.backend.close().await?;
     Ok(())
 }
@@ -346,6 +410,10 @@ fn option_help(format: &str) -> Outcome {
     let list: Vec<_> = match format {
         "qcow2" => qcow2.iter().chain(&common).collect(),
         "raw" => common.iter().collect(),
+        other if formats::option_list(other).is_some() => formats::option_list(other)
+            .unwrap_or_default()
+            .iter()
+            .collect(),
         other => return Err(Failure::plain(format!("Unknown file format '{other}'"))),
     };
     say("Supported options:");

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{flag, value};
 use super::output::{self, human_size, say};
-use super::{Failure, Outcome, Tool, snapshot};
+use super::{Failure, Outcome, Tool, formats, snapshot};
 
 /// What is known of one layer.
 struct Layer {
@@ -16,7 +16,7 @@ struct Layer {
     format: &'static str,
     size: u64,
     file_length: u64,
-    disk_size: u64,
+    disk_size: Option<u64>,
     image: Image,
 }
 
@@ -68,22 +68,37 @@ pub(crate) async fn info(tool: Tool, rest: &[String]) -> Outcome {
     Ok(())
 }
 
+/// What a layer says is below it: the name as stored, and its format.
+fn backing(layer: &Layer) -> Option<(String, Option<String>)> {
+    if let Some(qcow2) = &layer.image.qcow2 {
+        let header = qcow2.header();
+        return Some((header.backing_file?, header.backing_format));
+    }
+    let description = layer.image.format.as_ref()?.describe();
+    Some((description.backing_file?, description.backing_format))
+}
+
 fn below(layer: &Layer) -> Option<(String, Option<String>)> {
-    let header = layer.image.qcow2.as_ref()?.header();
-    let name = resolve_name(&layer.name, &header.backing_file?);
-    Some((name, header.backing_format))
+    let (name, format) = backing(layer)?;
+    Some((resolve_name(&layer.name, &name), format))
 }
 
 async fn look(name: &str, options: &ImageOptions) -> Result<Layer, Failure> {
     let image = open_image(name, options).await?;
-    let metadata = std::fs::metadata(local_path(name)?)
-        .map_err(|e| Failure::plain(format!("cannot look at '{name}': {e}")))?;
+    let disk_size = if nbd::NbdName::is_nbd(name) {
+        // Only the server knows.
+        None
+    } else {
+        let metadata = std::fs::metadata(local_path(name)?)
+            .map_err(|e| Failure::plain(format!("cannot look at '{name}': {e}")))?;
+        Some(metadata.blocks() * 512)
+    };
     Ok(Layer {
         name: name.to_owned(),
         format: image.backend.format_name(),
         size: image.backend.limits().size,
         file_length: image.medium.len(),
-        disk_size: metadata.blocks() * 512,
+        disk_size,
         image,
     })
 }
@@ -137,26 +152,34 @@ fn as_text(layer: &Layer) -> String {
             human_size(layer.size),
             layer.size
         ),
-        format!("disk size: {}", human_size(layer.disk_size)),
+        format!("disk size: {}", shown_disk_size(layer)),
     ];
+    let description = layer.image.format.as_ref().map(|f| f.describe());
+    if description.as_ref().is_some_and(|d| d.encrypted) {
+        lines.push("encrypted: yes".to_owned());
+    }
     if let Some(qcow2) = &layer.image.qcow2 {
         let header = qcow2.header();
         if header.incompatible.contains(Incompatible::DIRTY) {
             lines.push("cleanly shut down: no".to_owned());
         }
-        lines.push(format!("cluster_size: {}", qcow2.cluster_size()));
-        if let Some(backing) = &header.backing_file {
-            let full = resolve_name(&layer.name, backing);
-            let actual = if full == *backing {
-                String::new()
-            } else {
-                format!(" (actual path: {full})")
-            };
-            lines.push(format!("backing file: {backing}{actual}"));
-        }
-        if let Some(format) = &header.backing_format {
+    }
+    if let Some(size) = cluster_size(layer) {
+        lines.push(format!("cluster_size: {size}"));
+    }
+    if let Some((backing, format)) = backing(layer) {
+        let full = resolve_name(&layer.name, &backing);
+        let actual = if full == backing {
+            String::new()
+        } else {
+            format!(" (actual path: {full})")
+        };
+        lines.push(format!("backing file: {backing}{actual}"));
+        if let Some(format) = format {
             lines.push(format!("backing file format: {format}"));
         }
+    }
+    if let Some(qcow2) = &layer.image.qcow2 {
         let snapshots = qcow2.snapshots();
         if !snapshots.is_empty() {
             lines.extend(snapshot::table(&snapshots));
@@ -169,6 +192,10 @@ fn as_text(layer: &Layer) -> String {
             other => format!("    {name}: {other}"),
         }));
     }
+    if let Some(d) = description.filter(|d| !d.specific.is_empty()) {
+        lines.push("Format specific information:".to_owned());
+        lines.extend(formats::as_lines(&d.specific, 1));
+    }
     lines.push("Child node '/file':".to_owned());
     lines.push(format!("    filename: {}", layer.name));
     lines.push("    protocol type: file".to_owned());
@@ -177,8 +204,22 @@ fn as_text(layer: &Layer) -> String {
         "    file length: {} ({length} bytes)",
         human_size(length)
     ));
-    lines.push(format!("    disk size: {}", human_size(layer.disk_size)));
+    lines.push(format!("    disk size: {}", shown_disk_size(layer)));
     lines.join("\n")
+}
+
+/// The unit of allocation in bytes.
+fn cluster_size(layer: &Layer) -> Option<u64> {
+    match &layer.image.qcow2 {
+        Some(qcow2) => Some(qcow2.cluster_size()),
+        None => layer.image.format.as_ref()?.describe().cluster_size,
+    }
+}
+
+fn shown_disk_size(layer: &Layer) -> String {
+    layer
+        .disk_size
+        .map_or_else(|| "unavailable".to_owned(), human_size)
 }
 
 /// Files count in whole sectors.
@@ -208,13 +249,14 @@ fn as_json(layer: &Layer) -> Value {
             object.insert("snapshots".into(), Value::Array(list));
         }
     }
-    if let Some(format) = header.and_then(|h| h.backing_format.as_ref()) {
+    let backing = backing(layer);
+    if let Some(format) = backing.as_ref().and_then(|(_, format)| format.as_ref()) {
         object.insert("backing-filename-format".into(), json!(format));
     }
     object.insert("virtual-size".into(), json!(layer.size));
     object.insert("filename".into(), json!(layer.name));
-    if let Some(qcow2) = &layer.image.qcow2 {
-        object.insert("cluster-size".into(), json!(qcow2.cluster_size()));
+    if let Some(size) = cluster_size(layer) {
+        object.insert("cluster-size".into(), json!(size));
     }
     object.insert("format".into(), json!(layer.format));
     object.insert("actual-size".into(), json!(layer.disk_size));
@@ -228,7 +270,20 @@ fn as_json(layer: &Layer) -> Value {
             json!({ "type": layer.format, "data": data }),
         );
     }
-    if let Some(backing) = header.and_then(|h| h.backing_file.as_ref()) {
+    let description = layer.image.format.as_ref().map(|f| f.describe());
+    if let Some(d) = &description {
+        if !d.specific.is_empty() {
+            let data = formats::as_json(&d.specific);
+            object.insert(
+                "format-specific".into(),
+                json!({ "type": layer.format, "data": data }),
+            );
+        }
+        if d.encrypted {
+            object.insert("encrypted".into(), json!(true));
+        }
+    }
+    if let Some((backing, _)) = &backing {
         let full = resolve_name(&layer.name, backing);
         object.insert("full-backing-filename".into(), json!(full));
         object.insert("backing-filename".into(), json!(backing));

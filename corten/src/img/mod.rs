@@ -7,14 +7,15 @@
     clippy::cast_sign_loss
 )]
 
-mod args;
+pub(crate) mod args;
 mod check;
 mod convert;
 mod create;
+mod formats;
 mod info;
 mod layers;
 mod map;
-mod output;
+pub(crate) mod output;
 mod sizes;
 mod snapshot;
 
@@ -51,6 +52,11 @@ impl Failure {
             usage: false,
             code: 1,
         }
+    }
+
+    /// What to say of it.
+    pub(crate) fn text(self) -> String {
+        self.message.unwrap_or_default()
     }
 
     /// An exit status whose reason has been printed.

@@ -72,6 +72,10 @@ pub(crate) async fn resize(tool: Tool, rest: &[String]) -> Outcome {
             if start < new {
                 qcow2.preallocate(start, new, how).await?;
             }
+        } else if image.format.is_some() {
+            return Err(Failure::plain(
+                "Preallocation can only be used with raw and qcow2 images",
+            ));
         } else {
             preallocate_raw(&*image.medium, old, new, how).await?;
         }
@@ -181,7 +185,13 @@ pub(crate) async fn measure(tool: Tool, rest: &[String]) -> Outcome {
         (None, _) => return Err(Failure::plain("At most one filename argument is allowed.")),
     };
     let spec = ImageSpec::new(format, Some(total), &pairs, None, None)?;
-    let (required, full) = if format == "qcow2" {
+    let (required, full) = if let Some(other) = &spec.other {
+        let stored = extents
+            .iter()
+            .filter(|e| matches!(e.kind, ExtentKind::Data(_) | ExtentKind::Compressed));
+        let stored: Vec<(u64, u64)> = stored.map(|e| (e.offset, e.length)).collect();
+        other.measure(&stored)?
+    } else if format == "qcow2" {
         let cluster = spec.qcow2.cluster_size;
         let mut counted = 0;
         for extent in extents

@@ -43,6 +43,21 @@ pub struct Backing {
     code_generation: Vec<AtomicU32>,
     dirty: Vec<AtomicU64>,
     logging: AtomicBool,
+    code_listener: std::sync::OnceLock<std::sync::Arc<dyn CodeListener>>,
+}
+
+/// Who must know at once that decoded code is stale.
+pub trait CodeListener: Send + Sync {
+    /// Some page's generation has risen. Called by the thread that wrote.
+    fn code_written(&self);
+}
+
+/// Times that a write made decoded code stale, in any backing.
+static CODE_WRITES: AtomicU64 = AtomicU64::new(0);
+
+/// A number that has risen when decoded code in any backing may have become stale since it was last asked for.
+pub fn code_writes() -> u64 {
+    CODE_WRITES.load(Ordering::SeqCst)
 }
 
 // SAFETY: the mapping is owned by the value and lives as long as it; all access is by raw pointer or by
@@ -151,6 +166,7 @@ impl Backing {
             code_generation: zeroed_atomics(pages),
             dirty: zeroed_atomics(pages.div_ceil(64)),
             logging: AtomicBool::new(false),
+            code_listener: std::sync::OnceLock::new(),
         })
     }
 
@@ -198,10 +214,18 @@ impl Backing {
         )
     }
 
-    /// Takes note of a write to `len` bytes at `offset` that has happened: stale code and dirty pages.
-    pub fn note_write(&self, offset: u64, len: u64) {
+    /// The number of the page whose flag byte ([`Self::page_flag`]) lies at this address.
+    pub fn page_of_flag(&self, flag: *const u8) -> Option<u64> {
+        let page = (flag as usize).wrapping_sub(self.flags.as_ptr() as usize);
+        (page < self.flags.len()).then_some(page as u64)
+    }
+
+    /// Takes note of a write to `len` bytes at `offset` that has happened: stale code and dirty pages. True when decoded
+    /// code has become stale.
+    pub fn note_write(&self, offset: u64, len: u64) -> bool {
+        let mut stale = false;
         if len == 0 {
-            return;
+            return stale;
         }
         let last = (offset + len - 1).min(self.len - 1) >> PAGE_SHIFT;
         for page in (offset >> PAGE_SHIFT)..=last {
@@ -215,8 +239,21 @@ impl Backing {
                 // The number first: who sees the flag gone must also see the new number.
                 self.code_generation[page as usize].fetch_add(1, Ordering::SeqCst);
                 flag.fetch_and(!PageFlags::CODE, Ordering::SeqCst);
+                stale = true;
             }
         }
+        if stale {
+            CODE_WRITES.fetch_add(1, Ordering::SeqCst);
+            if let Some(listener) = self.code_listener.get() {
+                listener.code_written();
+            }
+        }
+        stale
+    }
+
+    /// Who is told from now on that a write has made decoded code stale, whoever wrote. The first one stays.
+    pub fn listen_to_code(&self, listener: std::sync::Arc<dyn CodeListener>) {
+        let _ = self.code_listener.set(listener);
     }
 
     /// True between [`Self::start_log`] and [`Self::stop_log`].

@@ -18,7 +18,9 @@ mod map;
 mod slice;
 mod view;
 
-pub use backing::{Backing, BackingOptions, PageFlags, barrier_for_new_code};
+pub use backing::{
+    Backing, BackingOptions, CodeListener, PageFlags, barrier_for_new_code, code_writes,
+};
 pub use map::{GuestMemory, MemoryListener, Region, Translation};
 pub use slice::{GuestSlice, GuestSlices};
 pub use view::MemoryView;

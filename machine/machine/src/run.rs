@@ -145,14 +145,27 @@ fn check_memory(size: u64) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// Says in one line what of the CPU model the guest goes without.
+fn tell_missing(spec: &VmSpec, model: &CpuModel) {
+    let missing = model.missing();
+    if !missing.is_empty() {
+        let name = &spec.cpu.model;
+        eprintln!(
+            "corten: --cpu {name}: this processor has no {}; the guest goes without",
+            missing.join(", ")
+        );
+    }
+}
+
 impl Machine {
     fn build(spec: &VmSpec, cache: Option<KernelCache>) -> Result<Self, MachineError> {
         if spec.machine == MachineType::Microvm {
             let text = "--machine: microvm is not there yet, expected q35";
             return Err(MachineError::Spec(text.into()));
         }
-        let accel = processor::choose(spec.accel)?;
+        let accel = processor::choose(spec)?;
         let model = CpuModel::new(&spec.cpu, accel.supported_cpuid()?, spec.cpus)?;
+        tell_missing(spec, &model);
         let clock = GuestClock::new();
         let memory = GuestMemory::new();
         let map = MemoryMap::new(spec.memory.size);

@@ -11,12 +11,15 @@ pub const MAX_CPUS: u32 = 255;
 /// CPU model and features.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuSpec {
-    /// Model name: `max` or `host`.
+    /// Model name: `max`, `host`, or a named one such as `Haswell` or `EPYC-v3`.
     pub model: String,
     /// Features added to the model.
     pub add: Vec<String>,
     /// Features taken from the model.
     pub remove: Vec<String>,
+    /// Refuse to start when the processor has not got every feature of the model.
+    #[serde(default)]
+    pub enforce: bool,
 }
 
 impl Default for CpuSpec {
@@ -25,12 +28,13 @@ impl Default for CpuSpec {
             model: "max".into(),
             add: Vec::new(),
             remove: Vec::new(),
+            enforce: false,
         }
     }
 }
 
 impl CpuSpec {
-    /// Reads `MODEL[,+feature][,-feature][,feature=on|off]`.
+    /// Reads `MODEL[,+feature][,-feature][,feature=on|off][,enforce]`.
     ///
     /// # Errors
     /// Says what is wrong. Whether a model or feature exists is the machine's to say.
@@ -47,8 +51,13 @@ impl CpuSpec {
             model: model.to_owned(),
             add: Vec::new(),
             remove: Vec::new(),
+            enforce: false,
         };
         for part in parts {
+            if let "enforce" | "enforce=on" | "enforce=off" = part {
+                spec.enforce = part != "enforce=off";
+                continue;
+            }
             let (list, name) = if let Some(name) = part.strip_prefix('+') {
                 (&mut spec.add, name)
             } else if let Some(name) = part.strip_prefix('-') {
@@ -58,8 +67,9 @@ impl CpuSpec {
                     Some((name, "on")) => (&mut spec.add, name),
                     Some((name, "off")) => (&mut spec.remove, name),
                     _ => {
-                        let message =
-                            format!("'{part}': expected +feature, -feature or feature=on|off");
+                        let message = format!(
+                            "'{part}': expected +feature, -feature, feature=on|off or enforce"
+                        );
                         return Err(OptionError::new(option, message));
                     }
                 }

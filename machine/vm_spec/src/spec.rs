@@ -6,20 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::disk::named;
-use crate::{CharSpec, CpuSpec, DiskSpec, NetSpec};
-
-named! {
-    /// Which processor runs the guest.
-    AccelChoice {
-        /// KVM where it runs at hardware speed, else the software CPU.
-        #[default]
-        Auto = "auto",
-        /// KVM.
-        Kvm = "kvm",
-        /// The software CPU.
-        Soft = "soft",
-    }
-}
+use crate::{AccelChoice, CharSpec, CpuSpec, DiskSpec, NetSpec, SoftSpec};
 
 named! {
     /// The board.
@@ -87,6 +74,9 @@ pub struct VmSpec {
     pub uuid: Uuid,
     /// Processor.
     pub accel: AccelChoice,
+    /// How the software CPU works.
+    #[serde(default)]
+    pub soft: SoftSpec,
     /// Board.
     pub machine: MachineType,
     /// CPU model.
@@ -123,6 +113,7 @@ impl VmSpec {
             name: None,
             uuid: Uuid::new_v4(),
             accel: AccelChoice::default(),
+            soft: SoftSpec::default(),
             machine: MachineType::default(),
             cpu: CpuSpec::default(),
             cpus: 1,

@@ -11,19 +11,21 @@ use x86_defs::control::Rflags;
 use x86_defs::state::CS;
 
 use crate::apic::Event;
-use crate::block::{self, Block, BlockCache, Link};
+use crate::block::{self, Block, BlockCache, Link, NO_GENERATION, Second};
 use crate::cpu::{Access, BLOCK_RIP, Cpu, Exception, Flow, Mode, Op, Privilege, Result, Waiting};
+use crate::translate::{self, Home, Translator, exit};
+use crate::vm::SoftOptions;
 
 /// Bytes that a block is decoded from, at most.
 const MAX_BYTES: usize = 512;
 
-/// The generation of code that is in no memory or in two pages: it is looked up each time that it runs.
-static NO_GENERATION: AtomicU32 = AtomicU32::new(0);
-
 /// A vCPU and its decoded blocks.
 pub(crate) struct Engine {
-    pub(crate) cpu: Box<Cpu>,
+    pub(crate) cpu: Home,
     cache: BlockCache,
+    /// Host code, once there is some.
+    translator: Option<Box<Translator>>,
+    options: SoftOptions,
     /// A block that must not be kept: one instruction that lies in two pages, or in device space.
     passing: Box<Option<Block>>,
     passing_ops: Vec<Op>,
@@ -37,10 +39,12 @@ type Go = ControlFlow<Exit>;
 
 impl Engine {
     /// An engine for a vCPU.
-    pub(crate) fn new(cpu: Box<Cpu>) -> Self {
+    pub(crate) fn new(cpu: Cpu, options: SoftOptions) -> Self {
         Self {
-            cpu,
+            cpu: Home::new(cpu),
             cache: BlockCache::new(),
+            translator: None,
+            options,
             passing: Box::new(None),
             passing_ops: Vec::with_capacity(2),
         }
@@ -114,7 +118,15 @@ impl Engine {
     fn follow_memory(&mut self) {
         self.cpu.follow_memory();
         if std::mem::take(&mut self.cpu.code_stale) {
-            self.cache.clear();
+            self.clear_blocks();
+        }
+    }
+
+    /// Throws all blocks and their code away.
+    fn clear_blocks(&mut self) {
+        self.cache.clear();
+        if let Some(translator) = &mut self.translator {
+            translator.clear();
         }
     }
 
@@ -122,6 +134,7 @@ impl Engine {
     #[inline(always)]
     fn run_block(&mut self, block: *const Block) -> ControlFlow<Exit, *const Block> {
         let mut block = block;
+        let found = block.is_null();
         // SAFETY: a pointer to a block that comes back from here is good until the cache is cleared, which is only done in
         // `find` and `follow_memory`, and the caller drops it when it calls those.
         if block.is_null() || unsafe { !(*block).is_fresh() } {
@@ -135,6 +148,9 @@ impl Engine {
         if this.mode.contains(Mode::STEP) {
             return self.single_step(this).map_continue(|()| std::ptr::null());
         }
+        if self.options.translate && (this.code.near != 0 || self.is_hot(block)) {
+            return self.run_translated(block, found);
+        }
         match self.execute(this) {
             Flow::Next => ControlFlow::Continue(self.successor(block)),
             Flow::Left => {
@@ -143,6 +159,122 @@ impl Engine {
             }
             Flow::Fault => self.faulted(this).map_continue(|()| std::ptr::null()),
         }
+    }
+
+    /// Counts a run of a block that is not compiled. True: it is now.
+    fn is_hot(&mut self, block: *const Block) -> bool {
+        // SAFETY: as in `run_block`.
+        let this = unsafe { &mut *block.cast_mut() };
+        let hot_after = self.options.hot_after;
+        if this.code.runs > hot_after || this.host.is_null() {
+            return false;
+        }
+        this.code.runs += 1;
+        this.code.runs > hot_after && translate::is_for(this.mode) && self.compile(block.cast_mut())
+    }
+
+    #[cold]
+    fn compile(&mut self, block: *mut Block) -> bool {
+        if self.translator.is_none() {
+            match Translator::new(self.options.cache_size) {
+                Ok(translator) => self.translator = Some(Box::new(translator)),
+                Err(_) => {
+                    self.options.translate = false;
+                    return false;
+                }
+            }
+        }
+        let Some(translator) = &mut self.translator else {
+            return false;
+        };
+        if translator.is_full() {
+            // All goes at the next look at the state of things; until then the block is interpreted.
+            self.cpu.code_stale = true;
+            self.cpu.attention = true;
+            return false;
+        }
+        // SAFETY: a live block of the cache.
+        let this = unsafe { &*block };
+        let first = self.cache.index_of(this);
+        translator.compile(block, self.cache.source(this), first)
+    }
+
+    /// Runs the code of a block, and what it leads to. `found`: indirect jumps don't know it yet.
+    fn run_translated(
+        &mut self,
+        block: *const Block,
+        found: bool,
+    ) -> ControlFlow<Exit, *const Block> {
+        // SAFETY: as in `run_block`.
+        let this = unsafe { &*block };
+        let Some(translator) = &mut self.translator else {
+            return ControlFlow::Continue(std::ptr::null());
+        };
+        if !translate::can_run(&self.cpu, &this.code) {
+            return self.interpret(this);
+        }
+        if !translator.make_ready(block.cast_mut()) {
+            return ControlFlow::Continue(std::ptr::null());
+        }
+        let code = this.code;
+        if found {
+            let rip = self.cpu.rip;
+            translator.enter(&mut self.cpu, rip, code.far);
+        }
+        let why = translator.run(&mut self.cpu, code.near, self.cache.ops_at());
+        match why & 0xff {
+            exit::FAULT => self.deliver().map_continue(|()| std::ptr::null()),
+            exit::LINK => ControlFlow::Continue(self.link_code(why >> 8)),
+            _ => ControlFlow::Continue(std::ptr::null()),
+        }
+    }
+
+    /// Executes a block by the interpreter alone.
+    fn interpret(&mut self, block: &Block) -> ControlFlow<Exit, *const Block> {
+        match self.execute(block) {
+            Flow::Next => ControlFlow::Continue(std::ptr::null()),
+            Flow::Left => {
+                self.left(block);
+                ControlFlow::Continue(std::ptr::null())
+            }
+            Flow::Fault => self.faulted(block).map_continue(|()| std::ptr::null()),
+        }
+    }
+
+    /// Code was left where it goes on at a place in its page that had no code. The block there.
+    fn link_code(&mut self, link: u32) -> *const Block {
+        let Some(translator) = &mut self.translator else {
+            return std::ptr::null();
+        };
+        let cpu = &mut *self.cpu;
+        let target = translator.link_target(link);
+        cpu.rip = cpu.hot.page.wrapping_add(target as u64) & cpu.rip_mask;
+        if cpu.attention || cpu.shared.mailbox.has_events() {
+            return std::ptr::null();
+        }
+        let flushes = self.cache.flushes;
+        let Ok(next) = self.find(self.cpu.mode) else {
+            // The fault is found again, and delivered, by the next round.
+            return std::ptr::null();
+        };
+        // SAFETY: `find` gives a live block.
+        let this = unsafe { &*next };
+        if self.cache.flushes != flushes
+            || this.host.is_null()
+            || this.is_across()
+            || this.mode.contains(Mode::STEP)
+        {
+            return next;
+        }
+        if this.code.near == 0 && !self.is_hot(next) {
+            return next;
+        }
+        // SAFETY: as above; it may have been compiled since.
+        let near = unsafe { (*next).code.near };
+        if let Some(translator) = &mut self.translator {
+            translator.patch(link, near);
+        }
+        next
     }
 
     #[inline(always)]
@@ -159,9 +291,9 @@ impl Engine {
     fn successor(&mut self, block: *const Block) -> *const Block {
         // SAFETY: as in `run_block`.
         let this = unsafe { &*block };
-        let (rip, epoch) = (self.cpu.rip, self.cpu.tlb.epoch);
+        let (rip, version) = (self.cpu.rip, self.cpu.tlb.version);
         for link in &this.links {
-            if link.rip == rip && (link.epoch == epoch || link.epoch == u64::MAX) {
+            if link.rip == rip && (link.version == version || link.version == u64::MAX) {
                 let next = link.block;
                 // SAFETY: links hold null or blocks of the same cache.
                 if !next.is_null() && unsafe { (*next).mode == self.cpu.mode } {
@@ -195,7 +327,12 @@ impl Engine {
                 && (*next).mode == (*block).mode;
             let link = Link {
                 rip,
-                epoch: if near { u64::MAX } else { self.cpu.tlb.epoch },
+                // Where the rest of an instruction lies is known for these translations only.
+                version: if near && !(*next).is_across() {
+                    u64::MAX
+                } else {
+                    self.cpu.tlb.version
+                },
                 block: next,
             };
             let this = &mut *block.cast_mut();
@@ -261,6 +398,34 @@ impl Engine {
         }
         self.settle_fault(this);
         Some(self.cpu.exception)
+    }
+
+    /// Executes the block at RIP as host code, where it can be compiled, and gives what it raises instead of delivering it.
+    #[cfg(test)]
+    pub(crate) fn run_code_uncaught(&mut self) -> Option<Exception> {
+        let Ok(block) = self.find(self.cpu.mode) else {
+            return Some(self.cpu.exception);
+        };
+        // SAFETY: `find` gives a live block.
+        let this = unsafe { &*block };
+        if this.code.near == 0 && !this.host.is_null() && !self.compile(block.cast_mut()) {
+            self.clear_blocks();
+            return None;
+        }
+        let translator = self.translator.as_mut();
+        let masked = translate::can_run(&self.cpu, &this.code);
+        let (Some(translator), true, false) = (translator, masked, this.host.is_null()) else {
+            return self.run_uncaught(false);
+        };
+        if !translator.make_ready(block.cast_mut()) {
+            return None;
+        }
+        let why = translator.run(&mut self.cpu, this.code.near, self.cache.ops_at());
+        if why & 0xff == exit::LINK {
+            let target = translator.link_target(why >> 8) as u64;
+            self.cpu.rip = self.cpu.hot.page.wrapping_add(target) & self.cpu.rip_mask;
+        }
+        (why & 0xff == exit::FAULT).then_some(self.cpu.exception)
     }
 
     /// Delivers `Cpu::exception`.
@@ -333,9 +498,12 @@ impl Engine {
             if self.cpu.sti_shadow || self.cpu.mov_ss_shadow {
                 self.cpu.sti_shadow = false;
                 self.cpu.mov_ss_shadow = false;
-                let go = self.run_one();
-                self.cpu.attention = true;
-                return go;
+                // In HLT the instruction after it has been executed: it was that.
+                if !self.cpu.halted {
+                    let go = self.run_one();
+                    self.cpu.attention = true;
+                    return go;
+                }
             }
             if self.interrupt().is_break() {
                 return Go::Break(Exit::Shutdown);
@@ -428,9 +596,12 @@ impl Engine {
         if host.is_null() {
             return self.fetch_from_device(linear, mode);
         }
+        self.cpu.tlb.note_fetched(linear);
         if let Some(found) = self.cache.find(host, mode) {
             // SAFETY: a live block of the cache.
-            if unsafe { (*found).is_fresh() } || self.revalidate(found) {
+            let this = unsafe { &*found };
+            let fits = !this.is_across() || self.second_page(linear)? == this.second.host;
+            if fits && (this.is_fresh() || self.revalidate(found)) {
                 return Ok(found);
             }
             self.cache.forget(host, mode);
@@ -479,6 +650,9 @@ impl Engine {
     fn revalidate(&mut self, block: *mut Block) -> bool {
         // SAFETY: a live block of the cache.
         let this = unsafe { &mut *block };
+        if this.is_across() {
+            return false;
+        }
         let Some((_, generation)) = self.mark(this.host) else {
             return false;
         };
@@ -491,6 +665,9 @@ impl Engine {
             return false;
         }
         this.generation = generation;
+        if let Some(translator) = &mut self.translator {
+            translator.revive(block);
+        }
         true
     }
 
@@ -503,7 +680,7 @@ impl Engine {
         mode: Mode,
     ) -> Result<*const Block> {
         if self.cache.is_full() {
-            self.cache.clear();
+            self.clear_blocks();
         }
         let Some(generation) = self.mark(host) else {
             return self.fetch_from_device(linear, mode);
@@ -524,9 +701,19 @@ impl Engine {
             return self.fetch_across(linear, host, in_page, mode);
         }
         let source = &bytes[..decoded.len];
-        Ok(self
-            .cache
-            .insert(host, mode, first, decoded.count, source, generation))
+        let block = self.cache.insert(host, mode, first, decoded.count);
+        Ok(self.cache.know(block, source, generation, Second::NONE))
+    }
+
+    /// The page behind the one of a linear address, in the host; null for device space.
+    fn second_page(&mut self, linear: u64) -> Result<*const u8> {
+        let second = self.cpu.wrap_linear((linear & !0xfff).wrapping_add(0x1000));
+        let page = match self.cpu.tlb.fetch_hit(second) {
+            Some(page) => page,
+            None => self.fetch_map(second)?,
+        };
+        self.cpu.tlb.note_fetched(second);
+        Ok(page)
     }
 
     /// An instruction that lies in two pages.
@@ -538,22 +725,39 @@ impl Engine {
         in_page: usize,
         mode: Mode,
     ) -> Result<*const Block> {
+        let more = self.second_page(linear)?;
+        let marked = if more.is_null() {
+            None
+        } else {
+            self.mark(host).zip(self.mark(more))
+        };
         let mut bytes = [0; 15];
         let first = in_page.min(15);
         // SAFETY: the bytes lie inside the page, which is mapped.
         unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), first) };
-        let second = self.cpu.wrap_linear(linear.wrapping_add(first as u64));
-        let more = match self.cpu.tlb.fetch_hit(second) {
-            Some(page) => page.wrapping_add(second as usize & 0xfff),
-            None => self.fetch_map(second)?,
-        };
         if !more.is_null() {
             // SAFETY: at most 14 bytes from the start of a page that is mapped.
             unsafe {
                 std::ptr::copy_nonoverlapping(more, bytes[first..].as_mut_ptr(), 15 - first);
             }
         }
-        Ok(self.pass(&bytes, mode))
+        let Some((generation, second)) = marked else {
+            return Ok(self.pass(&bytes, mode));
+        };
+        if self.cache.is_full() {
+            self.clear_blocks();
+        }
+        let at = self.cache.ops().len();
+        let decoded = block::decode(&bytes, false, mode | Mode::STEP, self.cache.ops());
+        let block = self.cache.insert(host, mode, at, decoded.count);
+        let second = Second {
+            host: more,
+            generation_at: second.0,
+            generation: second.1,
+        };
+        Ok(self
+            .cache
+            .know(block, &bytes[..decoded.len], generation, second))
     }
 
     /// An instruction in device space.
@@ -586,6 +790,27 @@ impl Engine {
 }
 
 impl Cpu {
+    /// True when nothing has to come before the next block: `attention` is put down then.
+    pub(crate) fn settle_attention(&mut self) -> bool {
+        if self.shared.mailbox.has_events() {
+            return false;
+        }
+        if !self.attention {
+            return true;
+        }
+        let halts = self.waiting != Waiting::No || self.halted || self.code_stale;
+        // A shadow stays until the next look at the state of things, which then lets one instruction more go first.
+        let nmi = self.nmi_pending && !self.nmi_masked;
+        self.attention = halts || nmi || self.may_be_interrupted();
+        !self.attention
+    }
+
+    /// True when an interrupt waits that can be delivered, or may once the end of the last one is known.
+    fn may_be_interrupted(&self) -> bool {
+        self.system_flag(Rflags::IF)
+            && (self.has_deferred_eoi() || self.apic.has_extint() || self.apic.pending().is_some())
+    }
+
     /// Takes over a changed map of memory: translations go.
     pub(crate) fn follow_memory(&mut self) {
         let generation = self.machine.memory.generation();

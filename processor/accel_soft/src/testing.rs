@@ -11,6 +11,7 @@ use x86_defs::state::{CS, DS, ES, SS, Segment};
 
 use crate::cpu::{Cpu, Machine, VcpuShared};
 use crate::run::Engine;
+use crate::vm::SoftOptions;
 
 /// Where programs start.
 pub(crate) const CODE: u64 = 0x1000;
@@ -74,7 +75,7 @@ pub(crate) fn engine(bits: u32, code: &[u8]) -> Engine {
     cpu.rip = CODE;
     cpu.regs[4] = 0x8000;
     cpu.update_mode();
-    Engine::new(Box::new(cpu))
+    Engine::new(cpu, SoftOptions::default())
 }
 
 /// Runs a program to its HLT; panics when it faults or does not end.

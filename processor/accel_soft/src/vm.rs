@@ -1,7 +1,7 @@
 //! The software CPU behind the seams of [`accel`].
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use accel::{
@@ -9,7 +9,7 @@ use accel::{
     VcpuStatistics, Vm, VmConfig,
 };
 use guest_clock::GuestClock;
-use guest_memory::{GuestMemory, MemoryListener, Region};
+use guest_memory::{CodeListener, GuestMemory, MemoryListener, Region};
 use vmm_sys_util::eventfd::EventFd;
 use x86_defs::cpuid::CpuidEntry;
 use x86_defs::state::VcpuState;
@@ -20,12 +20,35 @@ use crate::run::Engine;
 
 /// The software CPU as an accelerator.
 #[derive(Debug, Default)]
-pub struct SoftAccel;
+pub struct SoftAccel {
+    options: SoftOptions,
+}
+
+/// How the software CPU works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SoftOptions {
+    /// Code that runs often is translated to host code; else the interpreter executes everything.
+    pub translate: bool,
+    /// Runs of a block of code before it is translated.
+    pub hot_after: u16,
+    /// Bytes of translated code that a vCPU keeps, less than 2 GiB.
+    pub cache_size: usize,
+}
+
+impl Default for SoftOptions {
+    fn default() -> Self {
+        Self {
+            translate: true,
+            hot_after: 16,
+            cache_size: 64 << 20,
+        }
+    }
+}
 
 impl SoftAccel {
     /// The accelerator; it is available on every x86-64 host.
-    pub fn new() -> Self {
-        Self
+    pub fn new(options: SoftOptions) -> Self {
+        Self { options }
     }
 }
 
@@ -53,6 +76,7 @@ impl Accel for SoftAccel {
         Ok(Arc::new(SoftVm {
             machine,
             max_vcpus: config.max_vcpus,
+            options: self.options,
             _listener: listener,
         }))
     }
@@ -62,7 +86,9 @@ impl Accel for SoftAccel {
 struct Remap(Arc<Machine>);
 
 impl MemoryListener for Remap {
-    fn region_added(&self, _: &Region) -> Result<(), String> {
+    fn region_added(&self, region: &Region) -> Result<(), String> {
+        let written = CodeWritten(Arc::downgrade(&self.0));
+        region.backing.listen_to_code(Arc::new(written));
         self.tell();
         Ok(())
     }
@@ -82,6 +108,23 @@ impl MemoryListener for Remap {
     }
 }
 
+/// Makes the vCPUs look for code that has become stale.
+struct CodeWritten(Weak<Machine>);
+
+impl CodeListener for CodeWritten {
+    fn code_written(&self) {
+        let Some(machine) = self.0.upgrade() else {
+            return;
+        };
+        for vcpu in machine.vcpus.read().iter() {
+            // Who is outside its guest looks before it goes on.
+            if vcpu.in_guest.load(Ordering::SeqCst) {
+                vcpu.mailbox.raise(Event::CODE);
+            }
+        }
+    }
+}
+
 impl Remap {
     fn tell(&self) {
         for vcpu in self.0.vcpus.read().iter() {
@@ -93,6 +136,7 @@ impl Remap {
 struct SoftVm {
     machine: Arc<Machine>,
     max_vcpus: u32,
+    options: SoftOptions,
     _listener: Arc<Remap>,
 }
 
@@ -121,7 +165,7 @@ impl Vm for SoftVm {
             config.tsc_khz,
         );
         Ok(Box::new(SoftVcpu {
-            engine: Engine::new(Box::new(cpu)),
+            engine: Engine::new(cpu, self.options),
             shared,
         }))
     }
@@ -228,7 +272,11 @@ impl Emulator for SoftEmulator {
         let machine = Arc::new(Machine::new(memory.clone(), self.clock.clone()));
         let shared = Arc::new(VcpuShared::new(0));
         let cpu = Cpu::new(machine, shared, cpuid, crate::system::TSC_KHZ);
-        let mut engine = Engine::new(Box::new(cpu));
+        let options = SoftOptions {
+            translate: false,
+            ..SoftOptions::default()
+        };
+        let mut engine = Engine::new(cpu, options);
         let fresh = engine.cpu.save();
         let known = what_both_know(state, &fresh);
         engine.cpu.restore(&known).map_err(|e| e.to_string())?;

@@ -10,6 +10,7 @@ use x86_defs::state::{CS, MpState, VcpuState};
 
 use crate::cpu::{Cpu, Machine, VcpuShared};
 use crate::run::Engine;
+use crate::vm::SoftOptions;
 
 /// Bytes of guest memory.
 const MEMORY: u64 = 0x10_0000;
@@ -147,7 +148,7 @@ fn nothing_that_a_guest_executes_ends_in_a_panic() {
     let shared = Arc::new(VcpuShared::new(0));
     let cpuid = crate::system::supported_cpuid();
     let cpu = Cpu::new(machine, shared, &cpuid, crate::system::TSC_KHZ);
-    let mut engine = Engine::new(Box::new(cpu));
+    let mut engine = Engine::new(cpu, SoftOptions::default());
     let fresh = engine.cpu.save();
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let (mut steps, mut shutdowns) = (0, 0);

@@ -25,6 +25,7 @@
 //! ```
 
 mod backend;
+mod bitmap;
 mod buffer;
 mod disk;
 mod error;
@@ -41,6 +42,7 @@ pub use backend::{
     BlockBackend, BlockFuture, Extent, ExtentKind, ExtentQuery, HostRange, Limits, Scope,
     ZeroFlags, push_merged,
 };
+pub use bitmap::{BitmapRun, DirtyBitmap};
 pub use buffer::{BUFFER_ALIGNMENT, IoBuf, KeepAlive, Segment, bytes_are_zero};
 pub use disk::{CacheMode, DetectZeroes, Disk, DiskOptions, DiskStatistics};
 pub use error::{BlockError, ErrorKind, Result};

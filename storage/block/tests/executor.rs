@@ -149,3 +149,63 @@ fn computations_run_elsewhere() {
         .unwrap();
     }
 }
+
+#[test]
+fn sockets_carry_both_directions_at_once() {
+    use block::IoBuf;
+    use block::executor::Socket;
+    for engine in ENGINES {
+        executor::block_on_with(engine, async {
+            let (a, b) = std::os::unix::net::UnixStream::pair().unwrap();
+            let (a, b) = (
+                Rc::new(Socket::new(a.into()).unwrap()),
+                Rc::new(Socket::new(b.into()).unwrap()),
+            );
+            // More than the kernel's buffers hold, so writers have to wait for readers.
+            let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n / 7 % 251) as u8).collect();
+            let send = |socket: Rc<Socket>| {
+                let half = IoBuf::from_slice(&bytes[..1_000_001]);
+                let rest = IoBuf::from_slice(&bytes[1_000_001..]);
+                spawn_local(async move {
+                    socket
+                        .write_all(IoBuf::concat(&[half, rest]))
+                        .await
+                        .unwrap()
+                })
+            };
+            let receive = |socket: Rc<Socket>, length: usize| {
+                spawn_local(async move {
+                    let mut got = Vec::new();
+                    while got.len() < length {
+                        let buf = IoBuf::zeroed(100_000);
+                        let n = socket.read(buf.clone()).await.unwrap();
+                        assert!(n > 0);
+                        got.extend(buf.slice(0, n).to_vec());
+                    }
+                    got
+                })
+            };
+            let writers = [send(a.clone()), send(b.clone())];
+            let readers = [
+                receive(a.clone(), bytes.len()),
+                receive(b.clone(), bytes.len()),
+            ];
+            for writer in writers {
+                writer.await;
+            }
+            for reader in readers {
+                assert!(reader.await == bytes);
+            }
+            // A reader that waits is woken by the end.
+            let waiting = {
+                let b = b.clone();
+                spawn_local(async move { b.read(IoBuf::zeroed(1)).await.unwrap() })
+            };
+            yield_now().await;
+            b.shutdown();
+            assert_eq!(waiting.await, 0);
+            assert!(a.write_all(IoBuf::zeroed(10)).await.is_err());
+        })
+        .unwrap();
+    }
+}

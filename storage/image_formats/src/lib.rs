@@ -5,10 +5,21 @@
 
 pub mod copy;
 pub mod deflate;
+#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
+mod details;
+#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
+mod fields;
+#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
+mod mapped;
+mod new;
 mod open;
 mod probe;
 pub mod qcow2;
+pub mod vpc;
 
+pub use details::{Compression, Description, ImageFormat, Property, Value};
+
+pub use new::NewImage;
 pub use open::{
     External, Image, ImageOptions, Opener, create_file, local_path, open_disk, open_image,
     resolve_name,

@@ -8,8 +8,13 @@ use block::{
     FileOptions, HostFile, ImplicitFile, LockMode, Medium, OpenGate, RawBackend, Result,
 };
 
+use nbd::NbdName;
+use nbd::client::{NbdDisk, NbdMedium};
+
+use crate::details::ImageFormat;
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
+use crate::vpc::Vpc;
 
 /// A chain of backing files longer than this is taken for a circle.
 const MAX_CHAIN: u32 = 200;
@@ -77,8 +82,22 @@ pub struct Image {
     pub backend: Rc<dyn BlockBackend>,
     /// The same, if it is a qcow2 image.
     pub qcow2: Option<Rc<Qcow2>>,
+    /// What only tools ask, if it is neither qcow2 nor raw.
+    pub format: Option<Rc<dyn ImageFormat>>,
     /// The file that was opened.
     pub medium: Rc<dyn Medium>,
+}
+
+impl Image {
+    /// An image of a format with nothing but the common sides.
+    fn of<F: BlockBackend + ImageFormat + 'static>(image: Rc<F>, medium: Rc<dyn Medium>) -> Self {
+        Self {
+            backend: image.clone(),
+            qcow2: None,
+            format: Some(image),
+            medium,
+        }
+    }
 }
 
 /// Opens image files and what they name.
@@ -86,6 +105,8 @@ pub struct Image {
 pub struct Opener {
     options: ImageOptions,
     depth: u32,
+    /// Device and inode of the files whose backing files are being opened.
+    above: Vec<(u64, u64)>,
 }
 
 /// Opens an image and everything below it, on this thread's executor.
@@ -100,6 +121,7 @@ pub async fn open_image(name: &str, options: &ImageOptions) -> Result<Image> {
     Opener {
         options: options.clone(),
         depth: 0,
+        above: Vec::new(),
     }
     .open(name)
     .await
@@ -132,6 +154,7 @@ async fn open_with_overlay(name: &str, options: &ImageOptions) -> Result<Image> 
     let base = Opener {
         options: below,
         depth: 0,
+        above: Vec::new(),
     }
     .open(name)
     .await?;
@@ -153,6 +176,7 @@ async fn open_with_overlay(name: &str, options: &ImageOptions) -> Result<Image> 
     Ok(Image {
         backend: overlay.clone(),
         qcow2: Some(overlay),
+        format: None,
         medium,
     })
 }
@@ -218,7 +242,11 @@ pub fn resolve_name(base: &str, name: &str) -> String {
 impl Opener {
     /// A gate that opens what images name under the given policies.
     pub fn new(options: ImageOptions) -> Self {
-        Self { options, depth: 0 }
+        Self {
+            options,
+            depth: 0,
+            above: Vec::new(),
+        }
     }
 
     fn file_options(&self) -> FileOptions {
@@ -237,9 +265,32 @@ impl Opener {
     }
 
     async fn open(&self, name: &str) -> Result<Image> {
+        if NbdName::is_nbd(name) {
+            return self.open_nbd(name).await;
+        }
         let path = local_path(name)?;
         let medium: Rc<dyn Medium> = Rc::new(HostFile::open(&path, &self.file_options())?);
         self.open_format(medium).await
+    }
+
+    /// Opens an export of an NBD server, and the image in it.
+    async fn open_nbd(&self, name: &str) -> Result<Image> {
+        let disk = NbdDisk::connect(&NbdName::parse(name)?, self.options.write).await?;
+        let medium: Rc<dyn Medium> = Rc::new(NbdMedium(disk.clone()));
+        let format = match &self.options.format {
+            Some(format) => format.as_str(),
+            None => probe(&*medium).await?,
+        };
+        if format != "raw" {
+            return self.open_format(medium).await;
+        }
+        // The server knows where the data is; a medium cannot ask it.
+        Ok(Image {
+            backend: disk,
+            qcow2: None,
+            format: None,
+            medium,
+        })
     }
 
     /// Opens what is in `medium`, by the format asked for or guessed.
@@ -264,6 +315,7 @@ impl Opener {
                 Ok(Image {
                     backend,
                     qcow2: None,
+                    format: None,
                     medium,
                 })
             }
@@ -279,10 +331,15 @@ impl Opener {
                 Ok(Image {
                     backend: image.clone(),
                     qcow2: Some(image),
+                    format: None,
                     medium,
                 })
             }
-            "qed" | "vmdk" | "vhdx" | "vpc" | "luks" | "vdi" | "parallels" => {
+            "vpc" => {
+                let image = Vpc::open(medium.clone(), self, self.options.backing).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "qed" | "vmdk" | "vhdx" | "luks" | "vdi" | "parallels" => {
                 let message = format!("'{}': the format {format} is not supported", medium.name());
                 Err(BlockError::unsupported(message))
             }
@@ -338,8 +395,27 @@ impl Opener {
         Ok(Self {
             options,
             depth: self.depth + 1,
+            above: self.above.clone(),
         })
     }
+
+    /// As [`Self::below`], for the backing file `name` of `base`. A file below itself is found at once.
+    fn below_file(&self, format: Option<String>, base: &str, name: &str) -> Result<Self> {
+        let mut below = self.below(format, false)?;
+        below.above.extend(identity(base));
+        if identity(name).is_some_and(|file| below.above.contains(&file)) {
+            let message = "the chain of backing files is a circle";
+            return Err(BlockError::invalid_image(message));
+        }
+        Ok(below)
+    }
+}
+
+/// Device and inode of a local file.
+fn identity(name: &str) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let file = std::fs::metadata(local_path(name).ok()?).ok()?;
+    Some((file.dev(), file.ino()))
 }
 
 impl OpenGate for Opener {
@@ -355,7 +431,7 @@ impl OpenGate for Opener {
                 ImplicitFile::Backing { format } => format.clone(),
                 _ => None,
             };
-            let opened = self.below(format, false)?.open(&name).await;
+            let opened = self.below_file(format, base, &name)?.open(&name).await;
             let image = opened.map_err(|e| e.context(format!("{} of '{base}'", why.describe())))?;
             Ok(image.backend)
         })

@@ -4,6 +4,8 @@
 #define LATER_42  2     // the host sends vector 0x42 in a few milliseconds
 #define SEND_51_61 3    // both now
 #define SEND_71   4
+#define SEND_51   5
+#define SEND_61   6
 main:
         SETUP
         APIC_ON
@@ -76,7 +78,31 @@ main:
         cmp     dword ptr [COUNTS + 0x51 * 4], 2
         jne     6b
         CHECK(r14, 0x6151)
+        // While one is in service, a lower one waits for its end even with IF set, a higher one does not.
+        lea     rax, [rip + nested]
+        mov     [IHOOK], rax
+        xor     r13d, r13d
+        mov     eax, SEND_61
+        out     COMMAND, eax
+7:      pause
+        cmp     dword ptr [COUNTS + 0x51 * 4], 3
+        jne     7b
+        CHECK(r13, 1)
         FINISH
+nested: cmp     eax, 0x61
+        jne     2f
+        mov     eax, SEND_51
+        out     COMMAND, eax
+        mov     eax, SEND_71
+        out     COMMAND, eax
+        sti
+1:      pause
+        cmp     dword ptr [COUNTS + 0x71 * 4], 2
+        jne     1b
+        cli
+        cmp     dword ptr [COUNTS + 0x51 * 4], 2
+        sete    r13b
+2:      ret
 order:  shl     r14, 8
         or      r14, rax
         ret

@@ -91,7 +91,9 @@ fn msi(accel: &dyn Accel) -> Result<(), Failure> {
             io.send(0, 0x51);
             io.send(0, 0x61);
         }
-        _ => io.send(0, 0x71),
+        4 => io.send(0, 0x71),
+        5 => io.send(0, 0x51),
+        _ => io.send(0, 0x61),
     };
     expect_pass(&mut Board::with_command(accel, guest("msi"), 1, command)?)
 }

@@ -12,11 +12,18 @@ use crate::{Result, host};
 
 /// What the RAM disk does.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Purpose {
+pub(crate) enum Purpose<'a> {
     /// Mounts `/dev/vda` and starts its init.
     MountDisk,
     /// Runs the commands of the kernel argument `run=`, in which `+` stands for a space and `;` separates, then powers off.
     RunCommands,
+    /// Runs a script, which may use a program that lies in `/bin`.
+    Measure {
+        /// The program, on the host.
+        program: &'a Path,
+        /// The script.
+        script: &'a str,
+    },
 }
 
 /// Modules that a guest may need; what they depend on comes with them.
@@ -124,8 +131,13 @@ impl<W: Write> Archive<W> {
     }
 }
 
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
 /// Writes the RAM disk to `path`.
-pub(crate) fn build(kernel: &Kernel, purpose: Purpose, path: &Path) -> Result<()> {
+pub(crate) fn build(kernel: &Kernel, purpose: Purpose<'_>, path: &Path) -> Result<()> {
     host::need_packages(&["busybox-static"])?;
     let read = |path: &Path| std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()));
     let busybox = read(Path::new("/bin/busybox"))?;
@@ -134,10 +146,12 @@ pub(crate) fn build(kernel: &Kernel, purpose: Purpose, path: &Path) -> Result<()
         let name = module.rsplit('/').next().unwrap_or(&module).to_owned();
         modules.push((name, read(&kernel.modules.join(&module))?));
     }
-    let body = if purpose == Purpose::MountDisk {
-        MOUNT_DISK
-    } else {
-        RUN_COMMANDS
+    let (body, program) = match purpose {
+        Purpose::MountDisk => (MOUNT_DISK, None),
+        Purpose::RunCommands => (RUN_COMMANDS, None),
+        Purpose::Measure { program, script } => {
+            (script, Some((file_name(program), read(program)?)))
+        }
     };
     let write = || -> std::io::Result<()> {
         let file = BufWriter::new(File::create(path)?);
@@ -152,6 +166,9 @@ pub(crate) fn build(kernel: &Kernel, purpose: Purpose, path: &Path) -> Result<()
         }
         archive.entry("dev/console", 0o020_600, (5, 1), &[])?;
         archive.file("bin/busybox", 0o755, &busybox)?;
+        if let Some((name, data)) = &program {
+            archive.file(&format!("bin/{name}"), 0o755, data)?;
+        }
         archive.file("init", 0o755, format!("{PROLOGUE}{body}").as_bytes())?;
         let order: String = modules
             .iter()

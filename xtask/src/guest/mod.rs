@@ -4,7 +4,7 @@ mod initramfs;
 mod kernel;
 mod root_disk;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{Result, host};
 
@@ -34,6 +34,18 @@ pub(crate) fn test_guest() -> Result<Boot> {
     let kernel = kernel::fetch()?;
     let initrd = host::folder("guest")?.join("initrd-test.img");
     initramfs::build(&kernel, initramfs::Purpose::RunCommands, &initrd)?;
+    Ok(Boot {
+        kernel: kernel.image,
+        initrd,
+    })
+}
+
+/// Debian's kernel, and a RAM disk with busybox and a program, which runs a script.
+pub(crate) fn measuring_guest(program: &Path, script: &str) -> Result<Boot> {
+    let kernel = kernel::fetch()?;
+    let initrd = host::folder("guest")?.join("initrd-bench.img");
+    let purpose = initramfs::Purpose::Measure { program, script };
+    initramfs::build(&kernel, purpose, &initrd)?;
     Ok(Boot {
         kernel: kernel.image,
         initrd,

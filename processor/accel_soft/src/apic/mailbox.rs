@@ -29,6 +29,8 @@ bitflags! {
         const WAKE = 1 << 7;
         /// A single step, a breakpoint or another thing of the vCPU's own thread is due.
         const LOCAL = 1 << 8;
+        /// Code has been written to.
+        const CODE = 1 << 9;
     }
 }
 

@@ -8,24 +8,48 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::decode::{MAX_BYTES, MAX_INSTRUCTIONS};
 use crate::cpu::{Mode, Op};
+use crate::translate::Code;
 
 /// A successor of a block that was found once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Link {
     /// RIP at which it starts.
     pub(crate) rip: u64,
-    /// The [`crate::mmu::Tlb::epoch`] in which it was found, or `u64::MAX` when it lies in the same page as the block and so
+    /// The [`crate::mmu::Tlb::version`] under which it was found, or `u64::MAX` when it lies in the same page as the block and so
     /// needs no translation of its own.
-    pub(crate) epoch: u64,
+    pub(crate) version: u64,
     /// The block, or null.
     pub(crate) block: *const Block,
 }
 
 const NO_LINK: Link = Link {
     rip: 0,
-    epoch: 0,
+    version: 0,
     block: std::ptr::null(),
 };
+
+/// The generation of code that is in no memory.
+pub(crate) static NO_GENERATION: AtomicU32 = AtomicU32::new(0);
+
+/// The second page of an instruction that lies in two.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Second {
+    /// The page in the host, or null.
+    pub(crate) host: *const u8,
+    /// Where its generation stands.
+    pub(crate) generation_at: *const AtomicU32,
+    /// The generation under which the bytes were decoded.
+    pub(crate) generation: u32,
+}
+
+impl Second {
+    /// All is in one page.
+    pub(crate) const NONE: Self = Self {
+        host: std::ptr::null(),
+        generation_at: &raw const NO_GENERATION,
+        generation: 0,
+    };
+}
 
 /// A decoded block.
 #[derive(Debug)]
@@ -47,6 +71,10 @@ pub(crate) struct Block {
     pub(crate) links: [Link; 2],
     /// Bytes that it was decoded from: where in the cache's bytes, and how many.
     pub(crate) bytes: (u32, u16),
+    /// The rest of its only instruction.
+    pub(crate) second: Second,
+    /// Its translation.
+    pub(crate) code: Code,
     next: u32,
 }
 
@@ -62,6 +90,8 @@ impl Block {
             host: std::ptr::null(),
             links: [NO_LINK; 2],
             bytes: (0, 0),
+            second: Second::NONE,
+            code: Code::default(),
             next: 0,
         }
     }
@@ -69,8 +99,17 @@ impl Block {
     /// True while nobody has written to the page since the block was decoded.
     #[inline(always)]
     pub(crate) fn is_fresh(&self) -> bool {
-        // SAFETY: the generation lives as long as the backing, and the cache is emptied before a backing goes.
-        unsafe { (*self.generation_at).load(Ordering::Relaxed) == self.generation }
+        // SAFETY: the generations live as long as the backing, and the cache is emptied before a backing goes.
+        unsafe {
+            (*self.generation_at).load(Ordering::Relaxed) == self.generation
+                && (*self.second.generation_at).load(Ordering::Relaxed) == self.second.generation
+        }
+    }
+
+    /// True for an instruction that lies in two pages.
+    #[inline(always)]
+    pub(crate) fn is_across(&self) -> bool {
+        !self.second.host.is_null()
     }
 }
 
@@ -139,38 +178,64 @@ impl BlockCache {
         self.flushes += 1;
     }
 
+    /// Where the operations are.
+    pub(crate) fn ops_at(&self) -> *const Op {
+        self.ops.as_ptr()
+    }
+
+    /// The number of a block's first operation.
+    pub(crate) fn index_of(&self, block: &Block) -> usize {
+        (block.ops as usize - self.ops.as_ptr() as usize) / size_of::<Op>()
+    }
+
     /// The arena to decode into; operations that are appended become a block with [`Self::insert`].
     pub(crate) fn ops(&mut self) -> &mut Vec<Op> {
         &mut self.ops
     }
 
-    /// Makes a block of the operations from `first` on. The cache must not be full.
+    /// Makes a block of the operations from `first` on, which [`Self::know`] completes. The cache must not be full.
     pub(crate) fn insert(
         &mut self,
         host: *const u8,
         mode: Mode,
         first: usize,
         count: usize,
-        bytes: &[u8],
-        generation: (*const AtomicU32, u32),
     ) -> *mut Block {
         let bucket = Self::bucket(host, mode);
-        let at = self.bytes.len();
-        self.bytes.extend_from_slice(bytes);
         let block = Block {
             ops: &raw const self.ops[first],
-            generation_at: generation.0,
-            generation: generation.1,
+            generation_at: &raw const NO_GENERATION,
+            generation: 0,
             count: count as u16,
             mode,
             host,
             links: [NO_LINK; 2],
-            bytes: (at as u32, bytes.len() as u16),
+            bytes: (0, 0),
+            second: Second::NONE,
+            code: Code::default(),
             next: self.buckets[bucket],
         };
         self.blocks.push(block);
         self.buckets[bucket] = self.blocks.len() as u32;
         self.blocks.last_mut().expect("just pushed")
+    }
+
+    /// Notes what a new block was decoded from: bytes, and the generations of their pages.
+    pub(crate) fn know(
+        &mut self,
+        block: *mut Block,
+        bytes: &[u8],
+        generation: (*const AtomicU32, u32),
+        second: Second,
+    ) -> *const Block {
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        // SAFETY: a block that `insert` has just made.
+        let this = unsafe { &mut *block };
+        this.bytes = (at as u32, bytes.len() as u16);
+        (this.generation_at, this.generation) = generation;
+        this.second = second;
+        block
     }
 
     /// The bytes that a block was decoded from.

@@ -1,6 +1,6 @@
 //! From bytes to operations.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpKind, Register};
 
 use crate::cpu::{
     BLOCK_RIP, Cpu, Ea, Exception, FLAT, FLAT_STACK, Mode, Op, ZERO, gpr, last_instruction,
@@ -35,9 +35,7 @@ pub(crate) struct Decoded {
 /// Decodes a block from bytes, of which there may be more in the next page when `more`. Appends the operations and one that
 /// ends the block.
 pub(crate) fn decode(bytes: &[u8], more: bool, mode: Mode, ops: &mut Vec<Op>) -> Decoded {
-    // What is reserved for hints (MPX, CET, CLDEMOTE and all that may come) does nothing here.
-    let options = DecoderOptions::FORCE_RESERVED_NOP;
-    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, 0, options);
+    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, 0, decoder_options(mode));
     let most = if mode.contains(Mode::STEP) {
         1
     } else {
@@ -74,6 +72,16 @@ pub(crate) fn decode(bytes: &[u8], more: bool, mode: Mode, ops: &mut Vec<Op>) ->
     }
 }
 
+/// How instructions are decoded in a mode.
+pub(crate) fn decoder_options(mode: Mode) -> u32 {
+    // What is reserved for hints (MPX, CET, CLDEMOTE and all that may come) does nothing here.
+    let mut options = DecoderOptions::FORCE_RESERVED_NOP;
+    if mode.contains(Mode::AMD) {
+        options |= DecoderOptions::AMD;
+    }
+    options
+}
+
 fn terminator(len: usize) -> Op {
     Op {
         handler: exec::end_of_block,
@@ -97,7 +105,7 @@ fn operation(i: &Instruction, next: usize, mode: Mode) -> (Op, bool) {
     let mut op = terminator(next);
     op.code = i.code() as u16;
     op.ea_len = Ea::None as u8 | (i.len() as u8) << 4;
-    if i.is_invalid() || lock_is_wrong(i) {
+    if i.is_invalid() || lock_is_wrong(i) || no_prefetch(i, mode) {
         // An instruction that is too long or cut off by the end of memory has no length of its own.
         op.handler = exec::undefined().handler;
         return (op, true);
@@ -128,6 +136,17 @@ fn operation(i: &Instruction, next: usize, mode: Mode) -> (Op, bool) {
 /// LOCK is allowed on few instructions and only with a memory destination; iced checks most of it.
 fn lock_is_wrong(i: &Instruction) -> bool {
     i.has_lock_prefix() && i.op0_kind() != OpKind::Memory
+}
+
+/// AMD's PREFETCH and PREFETCHW have a memory operand only (APM volume 3); on Intel's processors these bytes are a hint.
+fn no_prefetch(i: &Instruction, mode: Mode) -> bool {
+    let reserved = matches!(
+        i.code(),
+        Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    );
+    reserved && mode.contains(Mode::AMD) && i.op0_kind() == OpKind::Register
 }
 
 /// The handler that raises what an instruction of a unit raises that is not to be used.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use x86_defs::state::SS;
 
 use super::op::{FLAT, FLAT_STACK};
-use super::{Cpu, Ea, Op, Privilege, Result};
+use super::{Cpu, Ea, Fault, Mode, Op, Privilege, Result};
 
 /// What an access does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -371,8 +371,8 @@ impl Cpu {
 
     /// Faults if an access of `size` bytes would.
     pub(crate) fn probe(&mut self, linear: u64, size: u64, access: Access, seg: u8) -> Result<()> {
+        self.check_end(linear, size, seg, Privilege::Current)?;
         let last = self.wrap_linear(linear.wrapping_add(size - 1));
-        self.check_canonical(last, seg)?;
         self.map_for(linear, access, seg, Privilege::Current)?;
         if (linear ^ last) >> 12 != 0 {
             self.map_for(last & !0xfff, access, seg, Privilege::Current)?;
@@ -402,15 +402,36 @@ impl Cpu {
         self.translate(linear, access, privilege)
     }
 
+    /// #SS for the stack segment, #GP for the others.
+    fn beyond_limit(&mut self, seg: u8) -> Fault {
+        if seg == FLAT_STACK || usize::from(seg) == SS {
+            self.ss(0)
+        } else {
+            self.gp(0)
+        }
+    }
+
     /// #GP or #SS for an address that is not canonical. An access is checked at its last byte first: that goes before page
     /// faults of its first.
     #[inline]
     fn check_canonical(&mut self, linear: u64, seg: u8) -> Result<()> {
         if self.mode.is_64bit() && !canonical(linear) {
-            let stack = seg == FLAT_STACK || usize::from(seg) == SS;
-            return Err(if stack { self.ss(0) } else { self.gp(0) });
+            return Err(self.beyond_limit(seg));
         }
         Ok(())
+    }
+
+    /// Checks the last byte of an access. In flat 32-bit segments an access may go on from the end of the address space to its
+    /// beginning on Intel's processors; on AMD's it is beyond the segment's limit.
+    fn check_end(&mut self, linear: u64, len: u64, seg: u8, privilege: Privilege) -> Result<()> {
+        let last = linear.wrapping_add(len.saturating_sub(1));
+        let wraps = last > 0xffff_ffff
+            && privilege == Privilege::Current
+            && self.bases[usize::from(seg & 7)] == 0;
+        if wraps && self.mode & (Mode::AMD | Mode::CODE64) == Mode::AMD {
+            return Err(self.beyond_limit(seg));
+        }
+        self.check_canonical(self.wrap_linear(last), seg)
     }
 
     #[cold]
@@ -434,8 +455,7 @@ impl Cpu {
         let len = to.len() as u64;
         let mut at = linear;
         let mut to = to;
-        let last = linear.wrapping_add(to.len().saturating_sub(1) as u64);
-        self.check_canonical(self.wrap_linear(last), seg)?;
+        self.check_end(linear, len, seg, privilege)?;
         while !to.is_empty() {
             let n = to.len().min(0x1000 - (at & 0xfff) as usize);
             let mapping = self.map_for(at, Access::Read, seg, privilege)?;
@@ -457,8 +477,7 @@ impl Cpu {
 
     fn copy_out(&mut self, linear: u64, from: &[u8], seg: u8, privilege: Privilege) -> Result<()> {
         let mut at = linear;
-        let last = linear.wrapping_add(from.len().saturating_sub(1) as u64);
-        self.check_canonical(self.wrap_linear(last), seg)?;
+        self.check_end(linear, from.len() as u64, seg, privilege)?;
         // All pages must be writable before the first byte changes. Walks can't undo one another's mappings.
         let pages = ((linear & 0xfff) + from.len() as u64).div_ceil(0x1000);
         for _ in 0..pages {
@@ -527,6 +546,18 @@ impl Cpu {
             let start = region.backing.as_ptr() as usize;
             if (start..start + region.backing.len() as usize).contains(&host) {
                 region.backing.note_write((host - start) as u64, len as u64);
+                break;
+            }
+        }
+        self.leave_block = true;
+    }
+
+    /// As [`Self::note_write`], for a page that is named by its flag byte's address.
+    #[cold]
+    pub(crate) fn note_write_by_flag(&mut self, flag: *const u8) {
+        for region in self.memory_map.iter() {
+            if let Some(page) = region.backing.page_of_flag(flag) {
+                region.backing.note_write(page << 12, 1);
                 break;
             }
         }

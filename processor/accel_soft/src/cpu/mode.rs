@@ -33,6 +33,8 @@ bitflags! {
         const AVX = 1 << 9;
         /// Protected mode (not real, not virtual-8086).
         const PROTECTED = 1 << 10;
+        /// Decoded as AMD's processors do: the operand-size prefix counts for near branches in 64-bit code.
+        const AMD = 1 << 11;
     }
 }
 
@@ -75,6 +77,7 @@ impl Cpu {
         let (cr0, cr4) = (self.cr0, self.cr4);
         let mut mode = Mode::empty();
         let cs = &self.segments[CS];
+        mode.set(Mode::AMD, self.system.amd());
         let virtual_8086 = self.system_flags & Rflags::VM.bits() != 0;
         mode.set(Mode::PROTECTED, cr0.contains(Cr0::PE) && !virtual_8086);
         if self.efer.contains(Efer::LMA) && cs.attributes & (1 << 13) != 0 {
@@ -103,7 +106,7 @@ impl Cpu {
         self.rip_mask = if is_64bit { u64::MAX } else { 0xffff_ffff };
         let code_base = if is_64bit { 0 } else { cs.base };
         if code_base != self.bases[CS] {
-            self.tlb.epoch += 1;
+            self.tlb.stale_code();
         }
         for seg in [ES, CS, SS, DS] {
             self.bases[seg] = if is_64bit { 0 } else { self.segments[seg].base };

@@ -16,36 +16,45 @@ use crate::apic::LocalApic;
 use crate::mmu::Tlb;
 use crate::simd::Vectors;
 use crate::system::SystemState;
+use crate::translate::{Gate, Hot};
 use crate::x87::X87;
 
 /// A vCPU: the architectural state and what is derived from it.
 ///
 /// The fields that every instruction touches come first. `rip` is exact only at the ends of blocks; in between it follows
 /// from [`Cpu::next_rip`].
-#[repr(C)]
+///
+/// Translated code runs with the stack pointer at this structure, and reaches the first 128 bytes by short displacements.
+#[repr(C, align(64))]
 pub(crate) struct Cpu {
-    /// General registers, RIP of the running block's first instruction, and a zero.
-    pub(crate) regs: RegisterFile,
+    /// Translation buffers.
+    pub(crate) tlb: Tlb,
+    /// What translated code keeps here and only it.
+    pub(crate) hot: Hot,
+    /// Instruction pointer.
+    pub(crate) rip: u64,
     /// CF, PF, AF, ZF, SF, OF.
     pub(crate) status: Status,
     /// The rest of the running block may be stale: leave it after this instruction.
     pub(crate) leave_block: bool,
     /// The run loop shall look at interrupts and shadows before the next block.
     pub(crate) attention: bool,
+    /// The x87 registers are in the host's: those in `x87` are old.
+    pub(crate) x87_live: bool,
+    /// General registers, RIP of the running block's first instruction, and a zero.
+    pub(crate) regs: RegisterFile,
     /// What blocks are decoded for. Derived ([`Cpu::update_mode`]).
     pub(crate) mode: Mode,
     /// Current privilege level: DPL of SS; 3 in virtual-8086 mode, 0 in real mode.
     pub(crate) cpl: u8,
+    /// What entering and leaving translated code needs.
+    pub(crate) gate: Gate,
     /// Segment bases by number, zero where 64-bit mode ignores them, and two zeroes. Derived.
     pub(crate) bases: [u64; 8],
-    /// Instruction pointer.
-    pub(crate) rip: u64,
     /// All ones in 64-bit mode, 32 ones elsewhere. Derived.
     pub(crate) rip_mask: u64,
     /// RFLAGS without the status flags.
     pub(crate) system_flags: u64,
-    /// Translation buffers.
-    pub(crate) tlb: Tlb,
     /// The exception of the last fault.
     pub(crate) exception: Exception,
     /// The operation that raised it.
@@ -156,13 +165,19 @@ impl Cpu {
             machine.apics.clone(),
             machine.clock.clone(),
         );
+        let system = SystemState::new(cpuid);
         let cpuid = cpuid
             .iter()
             .map(|e| ((e.leaf, e.subleaf.unwrap_or(u32::MAX)), *e))
             .collect();
         let mut regs = RegisterFile::new();
         regs[crate::block::FAR_SLOT] = crate::block::FAR as u64;
+        let events = std::ptr::from_ref(shared.mailbox.events_word());
         let mut cpu = Self {
+            tlb: Tlb::new(),
+            hot: Hot::new(events),
+            gate: Gate::new(),
+            x87_live: false,
             regs,
             status: Status::default(),
             leave_block: false,
@@ -173,7 +188,6 @@ impl Cpu {
             rip: 0,
             rip_mask: u64::MAX,
             system_flags: 2,
-            tlb: Tlb::new(),
             exception: Exception::Resume,
             fault_op: std::ptr::null(),
             left_at: std::ptr::null(),
@@ -193,7 +207,7 @@ impl Cpu {
             dr7: 0,
             vectors: Vectors::default(),
             x87: X87::default(),
-            system: SystemState::default(),
+            system,
             apic,
             sti_shadow: false,
             mov_ss_shadow: false,

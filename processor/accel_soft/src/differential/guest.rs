@@ -5,12 +5,14 @@ use std::sync::Arc;
 use guest_clock::GuestClock;
 use guest_memory::{Backing, BackingOptions, GuestMemory};
 use x86_defs::control::{Cr0, Cr4, Efer, Xcr0};
+use x86_defs::cpuid::CpuidEntry;
 use x86_defs::state::{CS, DS, ES, FS, GS, SS, Segment};
 
 use super::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, DATA_WRITABLE, End, STACK, STACK_SIZE};
 use super::state::State;
 use crate::cpu::{Cpu, Exception, Machine, VcpuShared};
 use crate::run::Engine;
+use crate::vm::SoftOptions;
 
 const RAM: u64 = 0x20_0000;
 const PAGE_TABLES: u64 = 0x1000;
@@ -18,6 +20,17 @@ const PAGE_TABLES: u64 = 0x1000;
 const CODE_AT: u64 = 0x10_0000;
 const DATA_AT: u64 = 0x11_0000;
 const STACK_AT: u64 = 0x12_0000;
+
+/// How the software CPU executes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// Instruction by instruction.
+    Single,
+    /// Block by block.
+    Block,
+    /// Host code for every block.
+    Translated,
+}
 
 /// A vCPU in ring 3 of 64-bit mode.
 pub(crate) struct Guest {
@@ -33,7 +46,15 @@ impl Guest {
             .add_ram(0, RAM, BackingOptions::default())
             .expect("memory for the test's guest");
         let machine = Arc::new(Machine::new(memory, GuestClock::new()));
-        let mut cpu = Cpu::new(machine, Arc::new(VcpuShared::new(0)), &[], 2_000_000);
+        // The two vendors' processors differ in a few instructions: the guest's is of the host's vendor.
+        let vendor = std::arch::x86_64::__cpuid(0);
+        let mut leaf = CpuidEntry {
+            leaf: 0,
+            ..CpuidEntry::default()
+        };
+        (leaf.ebx, leaf.ecx, leaf.edx) = (vendor.ebx, vendor.ecx, vendor.edx);
+        let shared = Arc::new(VcpuShared::new(0));
+        let mut cpu = Cpu::new(machine, shared, &[leaf], 2_000_000);
         let mut guest_ram = Tables {
             ram: &ram,
             next: PAGE_TABLES + 0x1000,
@@ -78,7 +99,7 @@ impl Guest {
         cpu.update_paging();
         cpu.update_mode();
         let mut guest = Self {
-            engine: Engine::new(Box::new(cpu)),
+            engine: Engine::new(cpu, SoftOptions::default()),
             ram,
         };
         // JMP to itself: ends a block and changes nothing.
@@ -145,11 +166,11 @@ impl Guest {
         state: &mut State,
         bits: u32,
         stops: impl Fn(u64) -> bool,
-        single: bool,
+        how: How,
     ) -> End {
         self.set_mode(bits);
         self.load(state);
-        let end = self.execute(stops, single);
+        let end = self.execute(stops, how);
         self.save(state);
         end
     }
@@ -191,8 +212,8 @@ impl Guest {
         state.x87 = cpu.x87;
     }
 
-    /// Runs block by block or, so that both ways of decoding are tested, instruction by instruction.
-    fn execute(&mut self, stops: impl Fn(u64) -> bool, single: bool) -> End {
+    /// Runs in one of the ways.
+    fn execute(&mut self, stops: impl Fn(u64) -> bool, how: How) -> End {
         // More than any case needs, with repeated string instructions counted as often as they are interrupted.
         for _ in 0..2000 {
             if stops(self.engine.cpu.rip) {
@@ -202,7 +223,11 @@ impl Guest {
                     address: 0,
                 };
             }
-            let Some(exception) = self.engine.run_uncaught(single) else {
+            let raised = match how {
+                How::Translated => self.engine.run_code_uncaught(),
+                _ => self.engine.run_uncaught(how == How::Single),
+            };
+            let Some(exception) = raised else {
                 continue;
             };
             return match exception {

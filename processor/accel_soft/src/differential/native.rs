@@ -336,7 +336,8 @@ unsafe extern "C" fn enter(_: *const Entry, _: *mut u64) {
     )
 }
 
-/// As [`enter`], but jumps to 32-bit code. Data segments are set to the flat one, which 64-bit code does not look at.
+/// As [`enter`], but jumps to 32-bit code. Data segments are set to the flat one, which 64-bit code does not look at; so is
+/// the stack's, because SYSRET leaves another than its selector says on AMD's processors.
 #[unsafe(naked)]
 unsafe extern "C" fn enter_32(_: *const Entry, _: *mut u64) {
     naked_asm!(
@@ -350,6 +351,7 @@ unsafe extern "C" fn enter_32(_: *const Entry, _: *mut u64) {
         "mov eax, 0x2b",
         "mov ds, eax",
         "mov es, eax",
+        "mov ss, eax",
         "fxrstor64 [rdi]",
         "vmovdqa ymm0, [rdi + 512]",
         "vmovdqa ymm1, [rdi + 544]",
@@ -413,6 +415,11 @@ extern "C" fn handler(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::
         // SAFETY: sets the default action.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
         return;
+    }
+    // The code under test may have set AC, and Linux leaves it to the handler.
+    // SAFETY: uses aligned stack only.
+    unsafe {
+        std::arch::asm!("pushfq", "and dword ptr [rsp], 0xfffbffff", "popfq");
     }
     // SAFETY: the kernel gives a valid context whose floating-point frame has the XSAVE format; `run` waits for us.
     unsafe {

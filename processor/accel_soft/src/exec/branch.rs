@@ -2,7 +2,7 @@
 
 use super::dispatch::{at, done_branch, fast_load, place_at, stored_branch};
 use super::stack;
-use crate::cpu::{BLOCK_RIP, Cpu, Fault, Flow, Op, Result, Value};
+use crate::cpu::{BLOCK_RIP, Cpu, Fault, Flow, Mode, Op, Result, Value};
 use x86_defs::state::{RCX, RSP};
 
 #[inline(always)]
@@ -66,8 +66,12 @@ pub(crate) fn jmp_m<T: Value>(cpu: &mut Cpu, op: *const Op) -> Flow {
 
 fn call_to<T: Value>(cpu: &mut Cpu, op: &Op, to: u64) -> Result<()> {
     let (back, rsp) = (cpu.next_rip(op), cpu.regs[RSP]);
+    if cpu.mode.contains(Mode::AMD) {
+        cpu.probe_push(size_of::<T>() as u64)?;
+        check(cpu, to)?;
+    }
     cpu.push(T::from_u64(back))?;
-    // Processors look at the target only after they have written the return address.
+    // Intel's processors look at the target only after they have written the return address.
     check(cpu, to).inspect_err(|_| cpu.regs[RSP] = rsp)?;
     cpu.rip = to;
     Ok(())

@@ -333,6 +333,10 @@ fn movement(i: &Instruction, op: &mut Op, mode: Mode) -> Option<Selected> {
             8 => extension::<true>(i, op),
             4 if memory => on(moves::mov_rm::<u32, AnyAddress>),
             4 => on(moves::mov_rr::<u32>),
+            // AMD's processors read 32 bits all the same.
+            _ if memory && mode.contains(Mode::AMD) => {
+                on(moves::extend_rm::<u32, u16, AnyAddress, false>)
+            }
             _ if memory => on(moves::mov_rm::<u16, AnyAddress>),
             _ => on(moves::mov_rr::<u16>),
         },

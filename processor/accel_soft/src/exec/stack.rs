@@ -54,6 +54,13 @@ impl Cpu {
         Ok(())
     }
 
+    /// Faults if a push of `size` bytes would.
+    pub(crate) fn probe_push(&mut self, size: u64) -> Result<()> {
+        let to = self.regs[RSP].wrapping_sub(size);
+        let linear = self.stack_linear(to, size, Access::Write)?;
+        self.probe(linear, size, Access::Write, FLAT_STACK)
+    }
+
     /// The value `above` bytes above the top of the stack, which stays there.
     pub(crate) fn peek<T: Value>(&mut self, above: u64) -> Result<T> {
         let from = self.regs[RSP].wrapping_add(above);

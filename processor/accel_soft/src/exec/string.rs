@@ -10,7 +10,9 @@ use x86_defs::control::Rflags;
 use x86_defs::state::{ES, RAX, RCX, RDI, RDX, RSI};
 
 use super::arith::Arith;
-use crate::cpu::{Access, Cpu, Ea, Handler, Op, Result, Value, gpr, instruction, last_instruction};
+use crate::cpu::{
+    Access, Cpu, Ea, Handler, Mode, Op, Result, Value, gpr, instruction, last_instruction,
+};
 
 /// Elements after which a repeated instruction looks for interrupts.
 const STRETCH: u64 = 4096;
@@ -110,7 +112,7 @@ fn lods<T: Arith>(cpu: &mut Cpu, op: &Op) -> Result<()> {
 
 fn cmps<T: Arith>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     let (size, by, mask) = (size_of::<T>() as u64, step::<T>(cpu), address_mask(op.ea()));
-    // Processors look at ES:rDI first.
+    // Processors look at ES:rDI first (AMD's mostly).
     let to = destination(cpu, op, size, Access::Read)?;
     let b: T = cpu.load(to)?;
     let from = source(cpu, op, size)?;
@@ -272,8 +274,11 @@ fn repeated<T: Arith, const KIND: u8, const EQUAL: bool>(cpu: &mut Cpu, op: &Op)
         };
         let n = if stretch == 0 {
             if let Err(fault) = one::<T, KIND>(cpu, op) {
-                // A fault finds the flags as they were before the instruction, whatever has been compared.
-                cpu.status = before;
+                // A fault finds the flags as they were before the instruction, whatever has been compared; on AMD's
+                // processors as the last comparison left them.
+                if !cpu.mode.contains(Mode::AMD) {
+                    cpu.status = before;
+                }
                 return Err(fault);
             }
             1

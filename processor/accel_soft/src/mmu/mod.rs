@@ -13,7 +13,7 @@ use x86_defs::control::{Cr0, Cr4, Efer, Rflags};
 
 use crate::cpu::{Access, Cpu, Exception, Mapping, Privilege, Result};
 
-pub(crate) use tlb::Tlb;
+pub(crate) use tlb::{DATA_ENTRIES, SLOT_ROTATION, StackPage, Tlb};
 use tlb::{Entered, Kind};
 pub(crate) use walk::{LINEAR_BITS, PHYSICAL_BITS};
 use walk::{Paging, PagingMode, Request, Tables, Walked};

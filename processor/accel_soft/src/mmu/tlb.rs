@@ -1,23 +1,24 @@
 //! Translation buffers: their layout, the look-ups of the hot paths, and what flushes empty.
 //!
-//! Buffers exist for each *kind* of access rights, and twice: those for the upper half of the linear address space are
-//! shared by all address spaces (kernels map global pages there), those for the lower half belong to one of several
-//! address spaces, named by PCID, so that a switch of CR3 need not throw them away.
+//! Buffers exist for each *kind* of access rights. Those for user privilege belong to one of several address spaces, named by
+//! PCID, so that a switch of CR3 need not throw them away. Those for supervisor privilege are shared by all address spaces:
+//! kernels map themselves by global pages; what is not global in them goes with a switch of CR3. Each is one table with
+//! one base pointer, so that translated code looks an address up without asking which half of the address space it is in.
 
 use std::sync::atomic::AtomicU8;
 
 use guest_memory::PAGE_SIZE;
 
 /// Entries of a data buffer.
-pub(crate) const DATA_ENTRIES: usize = 1024;
+pub(crate) const DATA_ENTRIES: usize = 8192;
 /// Entries of an instruction buffer.
-pub(crate) const FETCH_ENTRIES: usize = 512;
-/// Data buffers: user, supervisor, supervisor kept from user pages (SMAP).
-const DATA_KINDS: usize = 3;
-/// Address spaces whose lower halves are kept.
+pub(crate) const FETCH_ENTRIES: usize = 1024;
+/// Address spaces whose user pages are kept.
 const SPACES: usize = 8;
 /// More filled slots than this are not remembered one by one.
-const JOURNAL: usize = 1024;
+const JOURNAL: usize = 4096;
+/// Number of the data buffers in the journal; larger numbers are instruction buffers.
+const DATA_KINDS: u8 = 2;
 
 /// A page that data accesses may hit. A tag is the linear address of the page, or [`invalid`] of the slot. An access at
 /// `a` of `n` bytes hits when `a - tag <= 4096 - n` (as unsigned numbers), which is also false for one that crosses a page.
@@ -44,23 +45,20 @@ pub(crate) struct FetchEntry {
     pub(crate) host: *const u8,
 }
 
-/// What the hot paths do not look at, by slot of a data buffer.
-#[derive(Clone, Copy, Default)]
-struct Cold {
-    /// Physical address of the page.
-    physical: u64,
-}
-
-/// The tag that no access hits in this slot: an address that belongs to another slot.
+/// The tag that no access hits in this slot: an address that belongs to another slot. Zero nearly everywhere, so that fresh
+/// memory is an empty buffer.
 const fn invalid(slot: usize) -> u64 {
-    ((slot ^ 1) as u64) << 12
+    if slot == 0 { PAGE_SIZE } else { 0 }
 }
 
-/// The slot of an address in a data buffer. Higher bits are mixed in, so that copies between places which are a multiple of
+/// Rotation of an address by which higher bits are mixed into its slot, so that copies between places which are a multiple of
 /// the buffer's reach apart do not drive one another out.
+pub(crate) const SLOT_ROTATION: u32 = 13;
+
+/// The slot of an address in a data buffer. Translated code does the same.
 #[inline(always)]
 const fn data_slot(linear: u64) -> usize {
-    (linear >> 12 ^ linear >> 22) as usize & (DATA_ENTRIES - 1)
+    ((linear ^ linear.rotate_right(SLOT_ROTATION)) >> 12) as usize & (DATA_ENTRIES - 1)
 }
 
 /// The slot of an address in an instruction buffer.
@@ -89,103 +87,169 @@ impl Kind {
             (false, true) => Self::Guarded,
         }
     }
+
+    /// The number of the buffer among those of its domain.
+    fn index(self) -> u8 {
+        u8::from(self == Self::Guarded)
+    }
 }
 
-type DataBuffers = [[DataEntry; DATA_ENTRIES]; DATA_KINDS];
-type FetchBuffers = [[FetchEntry; FETCH_ENTRIES]; 2];
-
-/// The buffers of one half of an address space.
-struct Buffers {
-    data: Box<DataBuffers>,
-    cold: Box<[[Cold; DATA_ENTRIES]; DATA_KINDS]>,
-    fetch: Box<FetchBuffers>,
-    /// Filled slots: kind (3 and 4: instructions) and slot. Full: nobody knows which.
-    journal: Vec<(u8, u16)>,
+/// One buffer of data pages.
+struct DataBuffer {
+    entries: Box<[DataEntry]>,
+    /// Physical addresses of the pages, which the hot paths do not look at.
+    physical: Box<[u64]>,
 }
 
-/// A zeroed array on the heap that never was on the stack.
-fn boxed<T: Copy, const N: usize, const M: usize>(value: T) -> Box<[[T; N]; M]> {
-    let all = vec![[value; N]; M].into_boxed_slice();
-    all.try_into().map_err(|_| ()).expect("M elements")
+/// A zeroed array that takes memory only as it is touched.
+fn zeroed<T: Copy>(count: usize) -> Box<[T]> {
+    let layout = std::alloc::Layout::array::<T>(count).expect("a small array");
+    // SAFETY: used for integers, and for entries of integers and raw pointers, of which all-zero bytes are a value; the box
+    // takes over an allocation of exactly its layout.
+    unsafe {
+        let at = std::alloc::alloc_zeroed(layout).cast::<T>();
+        if at.is_null() {
+            std::alloc::handle_alloc_error(layout);
+        }
+        Box::from_raw(std::ptr::slice_from_raw_parts_mut(at, count))
+    }
 }
 
-impl Buffers {
+impl DataBuffer {
     fn new() -> Self {
         let mut new = Self {
-            data: boxed(DataEntry {
-                read: 0,
-                write: 0,
-                host: std::ptr::null_mut(),
-                flag: std::ptr::null(),
-            }),
-            cold: boxed(Cold::default()),
-            fetch: boxed(FetchEntry {
-                tag: 0,
-                host: std::ptr::null(),
-            }),
-            journal: Vec::new(),
+            entries: zeroed(DATA_ENTRIES),
+            physical: zeroed(DATA_ENTRIES),
         };
-        new.clear_all();
+        new.clear(0);
         new
+    }
+
+    fn clear(&mut self, slot: usize) {
+        let entry = &mut self.entries[slot];
+        entry.read = invalid(slot);
+        entry.write = invalid(slot);
+    }
+}
+
+/// The buffers that go with one set of translations: the user pages of an address space, or the supervisor's pages.
+struct Domain {
+    data: Vec<DataBuffer>,
+    fetch: Box<[FetchEntry]>,
+    /// Filled slots of global pages: buffer and slot. Full: nobody knows which.
+    journal: Vec<(u8, u16)>,
+    /// The same of pages that are not global.
+    local: Vec<(u8, u16)>,
+    /// Pages that were fetched from under the current version, by a hash of their address.
+    fetched: [u64; 64],
+    /// What was learnt from fetching is good while this number is the same. Never used for another domain or again.
+    version: u64,
+}
+
+/// The bit of a page in [`Domain::fetched`].
+fn fetched_bit(linear: u64) -> (usize, u64) {
+    let hash = (linear >> 12 ^ linear >> 24) as usize & 0xfff;
+    (hash / 64, 1 << (hash % 64))
+}
+
+impl Domain {
+    fn new(kinds: usize) -> Self {
+        let mut new = Self {
+            data: (0..kinds).map(|_| DataBuffer::new()).collect(),
+            fetch: zeroed(FETCH_ENTRIES),
+            journal: Vec::new(),
+            local: Vec::new(),
+            fetched: [0; 64],
+            version: 0,
+        };
+        new.clear(DATA_KINDS, 0);
+        new
+    }
+
+    fn clear(&mut self, which: u8, slot: usize) {
+        if which < DATA_KINDS {
+            self.data[usize::from(which)].clear(slot);
+        } else {
+            self.fetch[slot].tag = invalid(slot);
+        }
     }
 
     fn clear_all(&mut self) {
         self.journal.clear();
-        for kind in 0..DATA_KINDS as u8 {
-            (0..DATA_ENTRIES).for_each(|slot| self.clear(kind, slot));
+        self.local.clear();
+        for which in 0..self.data.len() as u8 {
+            (0..DATA_ENTRIES).for_each(|slot| self.clear(which, slot));
         }
-        for kind in [3, 4] {
-            (0..FETCH_ENTRIES).for_each(|slot| self.clear(kind, slot));
+        (0..FETCH_ENTRIES).for_each(|slot| self.clear(DATA_KINDS, slot));
+    }
+
+    fn flush(&mut self, next: &mut u64) {
+        self.stale_code(next);
+        if self.journal.len() >= JOURNAL || self.local.len() >= JOURNAL {
+            return self.clear_all();
+        }
+        while let Some((which, slot)) = self.journal.pop().or_else(|| self.local.pop()) {
+            self.clear(which, usize::from(slot));
         }
     }
 
-    fn clear(&mut self, kind: u8, slot: usize) {
-        match kind {
-            0..=2 => {
-                let entry = &mut self.data[usize::from(kind)][slot];
-                entry.read = invalid(slot);
-                entry.write = invalid(slot);
-            }
-            _ => self.fetch[usize::from(kind) - 3][slot].tag = invalid(slot),
+    /// Forgets what is not global.
+    fn flush_local(&mut self, next: &mut u64) {
+        if self.local.len() >= JOURNAL {
+            return self.flush(next);
+        }
+        let mut code = false;
+        while let Some((which, slot)) = self.local.pop() {
+            code |= which >= DATA_KINDS;
+            self.clear(which, usize::from(slot));
+        }
+        if code {
+            self.stale_code(next);
         }
     }
 
-    fn flush(&mut self) {
-        if self.journal.len() >= JOURNAL {
-            self.clear_all();
-            return;
-        }
-        while let Some((kind, slot)) = self.journal.pop() {
-            self.clear(kind, usize::from(slot));
+    /// What was learnt from fetching is no longer sure.
+    fn stale_code(&mut self, next: &mut u64) {
+        if self.version == 0 || self.fetched.iter().any(|word| *word != 0) {
+            *next += 1;
+            self.version = *next;
+            self.fetched = [0; 64];
         }
     }
 
-    fn flush_page(&mut self, page: u64) {
+    fn flush_page(&mut self, page: u64, next: &mut u64) {
         let slot = data_slot(page);
-        for kind in 0..DATA_KINDS {
-            let entry = &self.data[kind][slot];
+        for buffer in &mut self.data {
+            let entry = &buffer.entries[slot];
             if entry.read == page || entry.write == page {
-                self.clear(kind as u8, slot);
+                buffer.clear(slot);
             }
         }
         let slot = fetch_slot(page);
-        for kind in 0..2 {
-            if self.fetch[kind][slot].tag == page {
-                self.clear(kind as u8 + 3, slot);
-            }
+        if self.fetch[slot].tag == page {
+            self.clear(DATA_KINDS, slot);
+        }
+        let (word, bit) = fetched_bit(page);
+        if self.fetched[word] & bit != 0 {
+            self.stale_code(next);
         }
     }
 
-    fn note(&mut self, kind: u8, slot: usize) {
-        if self.journal.len() < JOURNAL {
-            self.journal.push((kind, slot as u16));
+    fn note(&mut self, which: u8, slot: usize, global: bool) {
+        let journal = if global {
+            &mut self.journal
+        } else {
+            &mut self.local
+        };
+        if journal.len() < JOURNAL {
+            journal.push((which, slot as u16));
         }
     }
 }
 
-/// The lower half of an address space.
+/// The user pages of an address space.
 struct Space {
-    buffers: Buffers,
+    domain: Domain,
     /// The PCID that it is of, if it is of any.
     pcid: Option<u16>,
     /// When it was last switched to.
@@ -210,181 +274,90 @@ pub(crate) struct Entered {
 }
 
 /// The buffers of a vCPU.
+#[repr(C)]
 pub(crate) struct Tlb {
-    /// The data buffers in use: for the lower and the upper half of the address space.
-    data: [*const DataEntry; 2],
-    /// The instruction buffers in use.
-    fetch: [*const FetchEntry; 2],
-    /// Rises whenever an entry is told to go or the address space changes: what was learnt from a fetch under an older number
-    /// is no longer sure.
-    pub(crate) epoch: u64,
+    /// The data buffer in use. Translated code reads this.
+    pub(crate) data: *const DataEntry,
+    /// The instruction buffer in use.
+    fetch: *const FetchEntry,
+    /// A number for the translations that instructions are fetched by: what was learnt from a fetch holds while it is the
+    /// same, and again when it is the same again.
+    pub(crate) version: u64,
+    /// The page of the stack, for translated code.
+    pub(crate) stack: StackPage,
+    all: Box<All>,
+}
+
+/// A page that translated code has looked up for the stack and that may be written. Forgotten whenever anything is.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct StackPage {
+    /// Linear address of the page. When there is none: an address that is not canonical and that nobody can guess.
+    pub(crate) tag: u64,
+    /// Host address of the page, or of memory that belongs to nobody.
+    pub(crate) host: *const u8,
+    /// The page's flag byte, or zero.
+    pub(crate) flag: *const AtomicU8,
+    nowhere: u64,
+    spare: Box<[u8; 8192]>,
+}
+
+impl StackPage {
+    fn new() -> Self {
+        use std::hash::{BuildHasher, RandomState};
+        // Bits 47 and 63 differ.
+        let random = RandomState::new().hash_one(0);
+        let mut new = Self {
+            tag: 0,
+            host: std::ptr::null(),
+            flag: std::ptr::null(),
+            nowhere: 1 << 63 | random >> 17 & !0xfff,
+            spare: Box::new([0; 8192]),
+        };
+        new.forget();
+        new
+    }
+
+    fn forget(&mut self) {
+        static NOBODY_WATCHES: AtomicU8 = AtomicU8::new(0);
+        self.tag = self.nowhere;
+        self.host = self.spare.as_ptr();
+        self.flag = &raw const NOBODY_WATCHES;
+    }
+}
+
+/// What the hot paths do not look at.
+struct All {
     kind: Kind,
-    high: Buffers,
+    supervisor: Domain,
     spaces: Vec<Space>,
     /// Index of the space in use.
     current: usize,
     switches: u64,
-    /// The upper half holds pages that are not global: they go with a change of CR3.
-    high_local: bool,
-    /// The lower half of some space holds global pages: invalidating one concerns all spaces.
-    low_global: bool,
+    /// User pages of some space are global: invalidating one concerns all spaces.
+    user_global: bool,
     /// Pages of 2 or 4 MiB that were entered, by a hash of their address: invalidating one concerns all its parts.
     large: [u64; 64],
     /// Pages of 1 GiB, likewise.
     huge: u64,
+    /// The last version given out.
+    last_version: u64,
 }
 
-/// The bit of a 2 MiB stretch in [`Tlb::large`].
+/// The bit of a 2 MiB stretch in [`All::large`].
 fn large_bit(linear: u64) -> (usize, u64) {
     let hash = (linear >> 21) as usize & 0xfff;
     (hash / 64, 1 << (hash % 64))
 }
 
-/// The bit of a 1 GiB stretch in [`Tlb::huge`].
+/// The bit of a 1 GiB stretch in [`All::huge`].
 fn huge_bit(linear: u64) -> u64 {
     1 << (linear >> 30 & 63)
 }
 
-impl Tlb {
-    /// Empty buffers.
-    pub(crate) fn new() -> Self {
-        let first = Space {
-            buffers: Buffers::new(),
-            pcid: Some(0),
-            used: 0,
-        };
-        let mut tlb = Self {
-            data: [std::ptr::null(); 2],
-            fetch: [std::ptr::null(); 2],
-            epoch: 0,
-            kind: Kind::Supervisor,
-            high: Buffers::new(),
-            spaces: vec![first],
-            current: 0,
-            switches: 0,
-            high_local: false,
-            low_global: false,
-            large: [0; 64],
-            huge: 0,
-        };
-        tlb.point();
-        tlb
-    }
-
-    /// Chooses the buffers for accesses with the current privilege. `smap` keeps supervisor accesses from user pages.
-    pub(crate) fn select(&mut self, user: bool, smap: bool) {
-        let kind = Kind::new(user, smap);
-        if kind != self.kind {
-            self.kind = kind;
-            self.point();
-        }
-    }
-
-    /// Derives the pointers of the hot paths.
-    fn point(&mut self) {
-        let low = &self.spaces[self.current].buffers;
-        let (data, fetch) = (self.kind as usize, usize::from(self.kind != Kind::User));
-        self.data = [low.data[data].as_ptr(), self.high.data[data].as_ptr()];
-        self.fetch = [low.fetch[fetch].as_ptr(), self.high.fetch[fetch].as_ptr()];
-    }
-
-    /// Empties all buffers.
-    pub(crate) fn flush_all(&mut self) {
-        self.epoch += 1;
-        self.high.flush();
-        self.high_local = false;
-        self.spaces.iter_mut().for_each(|s| s.buffers.flush());
-        self.low_global = false;
-        self.large = [0; 64];
-        self.huge = 0;
-    }
-
-    /// Forgets what is not global (INVPCID type 3).
-    pub(crate) fn flush_local(&mut self) {
-        if self.low_global {
-            return self.flush_all();
-        }
-        self.epoch += 1;
-        self.spaces.iter_mut().for_each(|s| s.buffers.flush());
-        self.flush_high_local();
-    }
-
-    fn flush_high_local(&mut self) {
-        if self.high_local {
-            self.high.flush();
-            self.high_local = false;
-        }
-    }
-
-    /// Forgets what is not global of one PCID (INVPCID type 1).
-    pub(crate) fn flush_pcid(&mut self, pcid: u16) {
-        self.epoch += 1;
-        for space in &mut self.spaces {
-            if space.pcid == Some(pcid) {
-                space.buffers.flush();
-            }
-        }
-        self.flush_high_local();
-    }
-
-    /// CR3 has been loaded: the address space is now that of `pcid` (0 where there are none), whose entries are kept or not.
-    pub(crate) fn switch(&mut self, pcid: u16, keep: bool) {
-        self.epoch += 1;
-        self.switches += 1;
-        self.flush_high_local();
-        let known = self.spaces.iter().position(|s| s.pcid == Some(pcid));
-        let index = known.unwrap_or_else(|| self.space_to_reuse());
-        let space = &mut self.spaces[index];
-        if known.is_none() || !keep {
-            space.buffers.flush();
-        }
-        space.pcid = Some(pcid);
-        space.used = self.switches;
-        self.current = index;
-        self.point();
-    }
-
-    fn space_to_reuse(&mut self) -> usize {
-        if self.spaces.len() < SPACES {
-            self.spaces.push(Space {
-                buffers: Buffers::new(),
-                pcid: None,
-                used: 0,
-            });
-            return self.spaces.len() - 1;
-        }
-        let all = self.spaces.iter().enumerate();
-        all.min_by_key(|(_, s)| s.used).map_or(0, |(i, _)| i)
-    }
-
-    /// Forgets one page in the current address space and, if it is global, in all (INVLPG); `pcid` names another space than
-    /// the current one (INVPCID type 0).
-    pub(crate) fn flush_page(&mut self, linear: u64, pcid: Option<u16>) {
-        let (word, bit) = large_bit(linear);
-        if self.large[word] & bit != 0 || self.huge & huge_bit(linear) != 0 {
-            return self.flush_all();
-        }
-        self.epoch += 1;
-        let page = linear & !(PAGE_SIZE - 1);
-        if linear >> 63 != 0 {
-            self.high.flush_page(page);
-            return;
-        }
-        let current = self.spaces[self.current].pcid;
-        let pcid = pcid.or(current);
-        for space in &mut self.spaces {
-            if self.low_global || space.pcid == pcid {
-                space.buffers.flush_page(page);
-            }
-        }
-    }
-
-    fn note(&mut self, page: &Entered) {
-        if page.linear >> 63 != 0 {
-            self.high_local |= !page.global;
-        } else {
-            self.low_global |= page.global;
-        }
+impl All {
+    fn note(&mut self, user: bool, page: &Entered) {
+        self.user_global |= user && page.global;
         if page.shift >= 30 {
             self.huge |= huge_bit(page.linear);
         } else if page.shift >= 21 {
@@ -398,22 +371,185 @@ impl Tlb {
         }
     }
 
-    fn half(&mut self, linear: u64) -> &mut Buffers {
-        if linear >> 63 != 0 {
-            &mut self.high
+    fn domain(&mut self, user: bool) -> &mut Domain {
+        if user {
+            &mut self.spaces[self.current].domain
         } else {
-            &mut self.spaces[self.current].buffers
+            &mut self.supervisor
         }
+    }
+
+    fn space_to_reuse(&mut self) -> usize {
+        if self.spaces.len() < SPACES {
+            self.spaces.push(Space {
+                domain: Domain::new(1),
+                pcid: None,
+                used: 0,
+            });
+            return self.spaces.len() - 1;
+        }
+        let all = self.spaces.iter().enumerate();
+        all.min_by_key(|(_, s)| s.used).map_or(0, |(i, _)| i)
+    }
+}
+
+impl Tlb {
+    /// Empty buffers.
+    pub(crate) fn new() -> Self {
+        let first = Space {
+            domain: Domain::new(1),
+            pcid: Some(0),
+            used: 0,
+        };
+        let mut tlb = Self {
+            data: std::ptr::null(),
+            fetch: std::ptr::null(),
+            version: 0,
+            stack: StackPage::new(),
+            all: Box::new(All {
+                kind: Kind::Supervisor,
+                supervisor: Domain::new(2),
+                spaces: vec![first],
+                current: 0,
+                switches: 0,
+                user_global: false,
+                large: [0; 64],
+                huge: 0,
+                last_version: 0,
+            }),
+        };
+        tlb.flush_all();
+        tlb
+    }
+
+    /// Something is learnt from fetching from a page that is in the buffer in use, under the current version.
+    #[inline]
+    pub(crate) fn note_fetched(&mut self, linear: u64) {
+        let user = self.all.kind == Kind::User;
+        let (word, bit) = fetched_bit(linear);
+        self.all.domain(user).fetched[word] |= bit;
+    }
+
+    /// Chooses the buffers for accesses with the current privilege. `smap` keeps supervisor accesses from user pages.
+    pub(crate) fn select(&mut self, user: bool, smap: bool) {
+        let kind = Kind::new(user, smap);
+        if kind != self.all.kind {
+            self.all.kind = kind;
+            self.point();
+        }
+    }
+
+    /// Derives what the hot paths go by.
+    fn point(&mut self) {
+        self.stack.forget();
+        let kind = self.all.kind;
+        let domain = self.all.domain(kind == Kind::User);
+        let data = domain.data[usize::from(kind.index())].entries.as_ptr();
+        let (fetch, version) = (domain.fetch.as_ptr(), domain.version);
+        self.data = data;
+        self.fetch = fetch;
+        self.version = version;
+    }
+
+    /// What was learnt from fetching is no longer sure, for another reason than a change of translations.
+    pub(crate) fn stale_code(&mut self) {
+        let all = &mut *self.all;
+        let next = &mut all.last_version;
+        for domain in all
+            .spaces
+            .iter_mut()
+            .map(|s| &mut s.domain)
+            .chain([&mut all.supervisor])
+        {
+            *next += 1;
+            domain.version = *next;
+        }
+        self.point();
+    }
+
+    /// Empties all buffers.
+    pub(crate) fn flush_all(&mut self) {
+        let all = &mut *self.all;
+        let next = &mut all.last_version;
+        all.supervisor.flush(next);
+        all.spaces.iter_mut().for_each(|s| s.domain.flush(next));
+        all.user_global = false;
+        all.large = [0; 64];
+        all.huge = 0;
+        self.point();
+    }
+
+    /// Forgets what is not global (INVPCID type 3).
+    pub(crate) fn flush_local(&mut self) {
+        let all = &mut *self.all;
+        let next = &mut all.last_version;
+        all.spaces
+            .iter_mut()
+            .for_each(|s| s.domain.flush_local(next));
+        all.supervisor.flush_local(next);
+        self.point();
+    }
+
+    /// Forgets what is not global of one PCID (INVPCID type 1).
+    pub(crate) fn flush_pcid(&mut self, pcid: u16) {
+        let all = &mut *self.all;
+        let next = &mut all.last_version;
+        for space in &mut all.spaces {
+            if space.pcid == Some(pcid) {
+                space.domain.flush_local(next);
+            }
+        }
+        all.supervisor.flush_local(next);
+        self.point();
+    }
+
+    /// CR3 has been loaded: the address space is now that of `pcid` (0 where there are none), whose entries are kept or not.
+    pub(crate) fn switch(&mut self, pcid: u16, keep: bool) {
+        let all = &mut *self.all;
+        all.switches += 1;
+        all.supervisor.flush_local(&mut all.last_version);
+        let known = all.spaces.iter().position(|s| s.pcid == Some(pcid));
+        let index = known.unwrap_or_else(|| all.space_to_reuse());
+        let space = &mut all.spaces[index];
+        if known.is_none() || !keep {
+            space.domain.flush(&mut all.last_version);
+        }
+        space.pcid = Some(pcid);
+        space.used = all.switches;
+        all.current = index;
+        self.point();
+    }
+
+    /// Forgets one page in the current address space and, if it is global, in all (INVLPG); `pcid` names another space than
+    /// the current one (INVPCID type 0).
+    pub(crate) fn flush_page(&mut self, linear: u64, pcid: Option<u16>) {
+        let (word, bit) = large_bit(linear);
+        if self.all.large[word] & bit != 0 || self.all.huge & huge_bit(linear) != 0 {
+            return self.flush_all();
+        }
+        let all = &mut *self.all;
+        let next = &mut all.last_version;
+        let page = linear & !(PAGE_SIZE - 1);
+        all.supervisor.flush_page(page, next);
+        let pcid = pcid.or(all.spaces[all.current].pcid);
+        for space in &mut all.spaces {
+            if all.user_global || space.pcid == pcid {
+                space.domain.flush_page(page, next);
+            }
+        }
+        self.point();
     }
 
     /// Enters a page for data accesses. `read` and `write` say which ones may hit from now on; a right that an entry of the
     /// same page has already stays.
     pub(crate) fn enter_data(&mut self, kind: Kind, page: &Entered, read: bool, write: bool) {
-        self.note(page);
+        let user = kind == Kind::User;
+        self.all.note(user, page);
         let slot = data_slot(page.linear);
         let tag = page.linear & !(PAGE_SIZE - 1);
-        let buffers = self.half(page.linear);
-        let entry = &mut buffers.data[kind as usize][slot];
+        let domain = self.all.domain(user);
+        let buffer = &mut domain.data[usize::from(kind.index())];
+        let entry = &mut buffer.entries[slot];
         let same = (entry.read == tag || entry.write == tag) && entry.host == page.host;
         if !same {
             entry.read = invalid(slot);
@@ -427,36 +563,35 @@ impl Tlb {
         }
         entry.host = page.host;
         entry.flag = page.flag;
-        buffers.cold[kind as usize][slot] = Cold {
-            physical: page.physical,
-        };
-        buffers.note(kind as u8, slot);
+        buffer.physical[slot] = page.physical;
+        domain.note(kind.index(), slot, page.global);
     }
 
     /// Enters a page for instruction fetches.
     pub(crate) fn enter_fetch(&mut self, user: bool, page: &Entered) {
-        self.note(page);
+        self.all.note(user, page);
         let slot = fetch_slot(page.linear);
-        let buffers = self.half(page.linear);
         let tag = page.linear & !(PAGE_SIZE - 1);
-        let which = usize::from(!user);
-        buffers.fetch[which][slot] = FetchEntry {
+        let domain = self.all.domain(user);
+        domain.fetch[slot] = FetchEntry {
             tag,
             host: page.host,
         };
-        buffers.note(which as u8 + 3, slot);
+        let (word, bit) = fetched_bit(tag);
+        domain.fetched[word] |= bit;
+        domain.note(DATA_KINDS, slot, page.global);
     }
 
     #[inline(always)]
-    fn data(&self, linear: u64) -> &DataEntry {
-        // SAFETY: both pointers are to arrays of DATA_ENTRIES of our own boxes, which live and stay where they are.
-        unsafe { &*self.data[(linear >> 63) as usize].add(data_slot(linear)) }
+    fn entry(&self, linear: u64) -> &DataEntry {
+        // SAFETY: the pointer is to DATA_ENTRIES entries of our own boxes, which live and stay where they are.
+        unsafe { &*self.data.add(data_slot(linear)) }
     }
 
     /// The host address for a read of `size` bytes, if the page is there.
     #[inline(always)]
     pub(crate) fn read_hit(&self, linear: u64, size: usize) -> Option<*mut u8> {
-        let entry = self.data(linear);
+        let entry = self.entry(linear);
         let offset = linear.wrapping_sub(entry.read);
         (offset <= PAGE_SIZE - size as u64).then(|| entry.host.wrapping_add(offset as usize))
     }
@@ -464,7 +599,7 @@ impl Tlb {
     /// The host address and the page's flag for a write of `size` bytes, if the page is there.
     #[inline(always)]
     pub(crate) fn write_hit(&self, linear: u64, size: usize) -> Option<(*mut u8, *const AtomicU8)> {
-        let entry = self.data(linear);
+        let entry = self.entry(linear);
         let offset = linear.wrapping_sub(entry.write);
         (offset <= PAGE_SIZE - size as u64)
             .then(|| (entry.host.wrapping_add(offset as usize), entry.flag))
@@ -475,17 +610,17 @@ impl Tlb {
     #[inline]
     pub(crate) fn data_page(&self, kind: Kind, linear: u64, write: bool) -> Option<Entered> {
         let slot = data_slot(linear);
-        let high = linear >> 63 != 0;
-        let buffers = if high {
-            &self.high
+        let domain = if kind == Kind::User {
+            &self.all.spaces[self.all.current].domain
         } else {
-            &self.spaces[self.current].buffers
+            &self.all.supervisor
         };
-        let entry = &buffers.data[kind as usize][slot];
+        let buffer = &domain.data[usize::from(kind.index())];
+        let entry = &buffer.entries[slot];
         let tag = if write { entry.write } else { entry.read };
         (tag == linear & !(PAGE_SIZE - 1)).then(|| Entered {
             linear: tag,
-            physical: buffers.cold[kind as usize][slot].physical,
+            physical: buffer.physical[slot],
             host: entry.host,
             flag: entry.flag,
             global: false,
@@ -496,14 +631,14 @@ impl Tlb {
     /// The rights in use.
     #[inline]
     pub(crate) fn kind(&self) -> Kind {
-        self.kind
+        self.all.kind
     }
 
     /// The host address of the page that an instruction is fetched from, if the page is there.
     #[inline(always)]
     pub(crate) fn fetch_hit(&self, linear: u64) -> Option<*const u8> {
-        // SAFETY: as in `data`, with FETCH_ENTRIES.
-        let entry = unsafe { &*self.fetch[(linear >> 63) as usize].add(fetch_slot(linear)) };
+        // SAFETY: as in `entry`, with FETCH_ENTRIES.
+        let entry = unsafe { &*self.fetch.add(fetch_slot(linear)) };
         (entry.tag == linear & !(PAGE_SIZE - 1)).then_some(entry.host)
     }
 }
@@ -526,7 +661,8 @@ mod tests {
     }
 
     fn enter(tlb: &mut Tlb, linear: u64, global: bool, shift: u32) {
-        tlb.enter_data(Kind::Supervisor, &page(linear, global, shift), true, true);
+        let kind = tlb.kind();
+        tlb.enter_data(kind, &page(linear, global, shift), true, true);
     }
 
     #[test]
@@ -539,7 +675,7 @@ mod tests {
         assert_eq!(t.read_hit(0x1ff8, 8), Some(0x7000_0ff8 as *mut u8));
         assert!(t.read_hit(0x1ff9, 8).is_none());
         assert!(t.read_hit(0xfff, 1).is_none() && t.read_hit(0x2000, 1).is_none());
-        assert!(t.read_hit(0x40_1000, 1).is_none());
+        assert!(t.read_hit(0x200_1000, 1).is_none());
         assert!(t.read_hit(0x8000_0000_0000_1000, 1).is_none());
         t.select(true, false);
         assert!(t.read_hit(0x1000, 1).is_none());
@@ -551,61 +687,101 @@ mod tests {
         assert!(t.fetch_hit(0x1abc).is_none() && t.read_hit(0x1000, 1).is_none());
     }
 
+    /// User and supervisor entries of one address space.
+    fn both(t: &Tlb, linear: u64) -> [bool; 2] {
+        [Kind::User, Kind::Supervisor].map(|kind| t.data_page(kind, linear, false).is_some())
+    }
+
+    fn enter_both(t: &mut Tlb, linear: u64, global: bool) {
+        for kind in [Kind::User, Kind::Supervisor] {
+            t.enter_data(kind, &page(linear, global, 12), true, true);
+        }
+    }
+
     #[test]
     fn address_spaces_are_kept_by_pcid() {
         let mut t = Tlb::new();
         t.switch(1, false);
-        enter(&mut t, 0x1000, false, 12);
-        enter(&mut t, HIGH, true, 12);
+        enter_both(&mut t, 0x1000, false);
+        t.enter_data(Kind::Supervisor, &page(HIGH, true, 12), true, true);
         t.switch(2, true);
-        assert!(t.read_hit(0x1000, 1).is_none());
-        assert!(t.read_hit(HIGH, 1).is_some());
+        assert_eq!(both(&t, 0x1000), [false, false]);
+        assert_eq!(both(&t, HIGH), [false, true]);
         t.switch(1, true);
-        assert!(t.read_hit(0x1000, 1).is_some());
+        assert_eq!(both(&t, 0x1000), [true, false]);
         t.switch(1, false);
-        assert!(t.read_hit(0x1000, 1).is_none());
-        // Pages of the upper half that are not global go.
-        enter(&mut t, HIGH + 0x1000, false, 12);
+        assert_eq!(both(&t, 0x1000), [false, false]);
+        // The supervisor's pages that are not global go.
+        enter_both(&mut t, HIGH + 0x1000, false);
         t.switch(1, true);
-        assert!(t.read_hit(HIGH + 0x1000, 1).is_none());
+        assert_eq!(both(&t, HIGH + 0x1000), [true, false]);
         // More spaces than there is room for.
         t.switch(1, true);
-        enter(&mut t, 0x3000, false, 12);
+        enter_both(&mut t, 0x3000, false);
         for pcid in 2..20 {
             t.switch(pcid, true);
-            assert!(t.read_hit(0x3000, 1).is_none());
+            assert_eq!(both(&t, 0x3000), [false, false]);
         }
         t.switch(1, true);
-        assert!(t.read_hit(0x3000, 1).is_none());
+        assert_eq!(both(&t, 0x3000), [false, false]);
     }
 
     #[test]
     fn invalidation_of_pages_and_contexts() {
         let mut t = Tlb::new();
         t.switch(1, false);
-        enter(&mut t, 0x1000, false, 12);
-        enter(&mut t, 0x2000, false, 12);
+        enter_both(&mut t, 0x1000, false);
+        enter_both(&mut t, 0x2000, false);
         t.switch(2, true);
-        enter(&mut t, 0x1000, false, 12);
+        enter_both(&mut t, 0x1000, false);
         t.flush_page(0x1fff, None);
-        assert!(t.read_hit(0x1000, 1).is_none());
+        assert_eq!(both(&t, 0x1000), [false, false]);
         t.switch(1, true);
-        assert!(t.read_hit(0x1000, 1).is_some());
+        assert_eq!(both(&t, 0x1000), [true, false]);
         t.switch(2, true);
         t.flush_page(0x1000, Some(1));
         t.switch(1, true);
-        assert!(t.read_hit(0x1000, 1).is_none() && t.read_hit(0x2000, 1).is_some());
+        assert_eq!(both(&t, 0x1000), [false, false]);
+        assert_eq!(both(&t, 0x2000), [true, false]);
         t.switch(2, true);
         t.flush_pcid(1);
         t.switch(1, true);
-        assert!(t.read_hit(0x2000, 1).is_none());
-        // A global page of the lower half is invalidated in all spaces.
-        enter(&mut t, 0x5000, true, 12);
+        assert_eq!(both(&t, 0x2000), [false, false]);
+        // A global user page is invalidated in all spaces.
+        enter_both(&mut t, 0x5000, true);
         t.switch(2, true);
-        enter(&mut t, 0x5000, true, 12);
+        enter_both(&mut t, 0x5000, true);
         t.flush_page(0x5000, None);
         t.switch(1, true);
-        assert!(t.read_hit(0x5000, 1).is_none());
+        assert_eq!(both(&t, 0x5000), [false, false]);
+    }
+
+    #[test]
+    fn versions_change_only_for_what_was_fetched_and_come_back() {
+        let mut t = Tlb::new();
+        let fetch = |t: &mut Tlb, user, linear, global| {
+            t.enter_fetch(user, &page(linear, global, 12));
+        };
+        fetch(&mut t, false, HIGH, true);
+        let supervisor = t.version;
+        t.select(true, false);
+        let fresh = t.version;
+        assert_ne!(fresh, supervisor);
+        fetch(&mut t, true, 0x1000, false);
+        t.switch(7, true);
+        let other = t.version;
+        assert_ne!(other, fresh);
+        t.switch(0, true);
+        assert_eq!(t.version, fresh);
+        t.flush_page(0x2000, None);
+        assert_eq!(t.version, fresh);
+        t.flush_page(0x1000, None);
+        assert_ne!(t.version, fresh);
+        t.select(false, false);
+        assert_eq!(t.version, supervisor);
+        fetch(&mut t, false, 0x1000, false);
+        t.switch(7, true);
+        assert_ne!(t.version, supervisor);
     }
 
     #[test]

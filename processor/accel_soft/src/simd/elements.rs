@@ -7,7 +7,7 @@ use super::Unit;
 use super::call::{MXCSR_FLAGS, Operands, Vector, call_float};
 use super::execute::store;
 use super::plan::{Plan, register};
-use crate::cpu::{Access, Cpu, Handler, Op, RegisterFile, Result, instruction as handler};
+use crate::cpu::{Access, Cpu, Handler, Mode, Op, RegisterFile, Result, instruction as handler};
 use x86_defs::state::RDI;
 
 /// MXCSR bits that can be set.
@@ -78,15 +78,21 @@ fn store_half_precision(cpu: &mut Cpu, op: &Op) -> Result<()> {
         b: Vector(cpu.vectors.ymm[usize::from(op.a & 15)]),
         ..Operands::default()
     };
+    let size = if plan.wide { 16 } else { 8 };
+    if cpu.mode.contains(Mode::AMD) {
+        // AMD's processors look at the place before they look at the value.
+        let linear = cpu.linear_op(op, u64::from(size), Access::Write)?;
+        cpu.probe(linear, u64::from(size), Access::Write, op.seg)?;
+    }
     let mxcsr = cpu.vectors.mxcsr;
     let raised = call_float(plan.stub, plan.wide, mxcsr, &mut operands);
     if raised & !(mxcsr >> 7) & MXCSR_FLAGS != 0 {
         cpu.vectors.mxcsr |= raised;
         return Err(cpu.simd_exception());
     }
-    // Processors set the flags also when the store faults.
+    // Intel's processors set the flags also when the store faults.
     cpu.vectors.mxcsr |= raised;
-    store(cpu, op, if plan.wide { 16 } else { 8 }, false, &operands.a)
+    store(cpu, op, size, false, &operands.a)
 }
 
 fn load_mxcsr(cpu: &mut Cpu, op: &Op) -> Result<()> {

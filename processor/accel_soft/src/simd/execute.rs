@@ -1,6 +1,7 @@
 //! Execution of the instructions that have a stub.
 #![allow(unsafe_code)] // Reaches plans by the address that decoding left.
 
+use iced_x86::Code;
 use x86_defs::control::Cr4;
 use x86_defs::exception;
 
@@ -9,7 +10,7 @@ use super::call::{
 };
 use super::plan::{Bank, Plan, Source, Width};
 use super::table::{Float, Output};
-use crate::cpu::{Access, Cpu, Exception, Op, Result, Status};
+use crate::cpu::{Access, Cpu, Exception, Mode, Op, Result, Status};
 
 /// MXCSR: invalid, denormal, divide by zero: found before an operation is carried out.
 const BEFORE: u32 = 0x07;
@@ -154,12 +155,33 @@ fn vector_source(cpu: &Cpu, op: &Op, plan: &Plan, source: Source) -> Vector {
     Vector(cpu.vectors.ymm[usize::from(slot & 15)])
 }
 
+/// #GP for a source that is not aligned, where it must be: for the SHA instructions only Intel's processors ask for it.
+#[cold]
+pub(crate) fn misaligned(cpu: &mut Cpu, op: &Op) -> Result<()> {
+    let sha = Code::try_from(usize::from(op.code)).is_ok_and(|code| {
+        matches!(
+            code,
+            Code::Sha1msg1_xmm_xmmm128
+                | Code::Sha1msg2_xmm_xmmm128
+                | Code::Sha1nexte_xmm_xmmm128
+                | Code::Sha1rnds4_xmm_xmmm128_imm8
+                | Code::Sha256msg1_xmm_xmmm128
+                | Code::Sha256msg2_xmm_xmmm128
+                | Code::Sha256rnds2_xmm_xmmm128
+        )
+    });
+    if sha && cpu.mode.contains(Mode::AMD) {
+        return Ok(());
+    }
+    Err(cpu.gp(0))
+}
+
 /// Reads a memory operand of 1 to 32 bytes, zero-extended.
 #[inline]
 pub(crate) fn memory(cpu: &mut Cpu, op: &Op, size: u8, aligned: bool) -> Result<Vector> {
     let linear = cpu.linear_op(op, u64::from(size), Access::Read)?;
     if aligned && linear & (u64::from(size) - 1) != 0 {
-        return Err(cpu.gp(0));
+        misaligned(cpu, op)?;
     }
     Ok(match size {
         1 => u128::from(cpu.load_in::<u8>(linear, op.seg)?).into(),

@@ -66,7 +66,7 @@ fn binary<const WIDTH: u8, const THREE: bool, const MEMORY: bool>(
         let size = if WIDTH == VEX256 { 32 } else { 16 };
         let linear = cpu.linear_op(op, size, Access::Read)?;
         if WIDTH == LEGACY && linear & 15 != 0 {
-            return Err(cpu.gp(0));
+            super::execute::misaligned(cpu, op)?;
         }
         if WIDTH == VEX256 && linear & 0xfff > 0x1000 - 32 {
             cpu.probe(linear, 32, Access::Read, op.seg)?;
@@ -205,7 +205,7 @@ fn float<const WIDTH: u8, const THREE: bool, const MEMORY: bool>(
 fn operand(cpu: &mut Cpu, op: &Op, plan: &Plan) -> Result<[Packed; 2]> {
     let linear = cpu.linear_op(op, u64::from(plan.memory), Access::Read)?;
     if plan.aligned && linear & 15 != 0 {
-        return Err(cpu.gp(0));
+        super::execute::misaligned(cpu, op)?;
     }
     let zero = Packed::default();
     Ok(match plan.memory {

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
 use super::Unit;
 use super::plan::register;
-use crate::cpu::{Access, Cpu, Ea, Handler, Op, Result, instruction as handler};
+use crate::cpu::{Access, Cpu, Ea, Handler, Mode, Op, Result, instruction as handler};
 
 fn lane(value: &[u128; 2], bits: u32, index: u32) -> u64 {
     let at = bits * index;
@@ -38,17 +38,25 @@ fn gather<const DATA: u32, const INDEX: u32, const WIDTH: u32>(
     let before = cpu.vectors.ymm[mask];
     let chosen = |i: &u32| lane(&before, DATA, *i) >> (DATA - 1) != 0;
     let base: u64 = cpu.regs.get(op.base);
-    // The mask's elements are spread to all their bits, also when the first load faults.
-    for i in 0..WIDTH / DATA {
-        set_lane(
-            &mut cpu.vectors.ymm[mask],
-            DATA,
-            i,
-            if chosen(&i) { u64::MAX } else { 0 },
-        );
+    // On Intel's processors the mask's elements are spread to all their bits, also when the first load faults. AMD's leave all
+    // but the elements that have arrived as it is until the end.
+    let amd = cpu.mode.contains(Mode::AMD);
+    if !amd {
+        for i in 0..WIDTH / DATA {
+            set_lane(
+                &mut cpu.vectors.ymm[mask],
+                DATA,
+                i,
+                if chosen(&i) { u64::MAX } else { 0 },
+            );
+        }
+        clear_above(&mut cpu.vectors.ymm[mask], WIDTH);
     }
-    clear_above(&mut cpu.vectors.ymm[mask], WIDTH);
-    for i in (0..elements).filter(chosen) {
+    for i in 0..elements {
+        if !chosen(&i) {
+            set_lane(&mut cpu.vectors.ymm[mask], DATA, i, 0);
+            continue;
+        }
         let index = lane(&indices, INDEX, i);
         let index = if INDEX == 32 {
             index as u32 as i32 as u64
@@ -64,7 +72,9 @@ fn gather<const DATA: u32, const INDEX: u32, const WIDTH: u32>(
         } else {
             cpu.load_in::<u64>(linear, op.seg)?
         };
-        clear_above(&mut cpu.vectors.ymm[destination], WIDTH);
+        if !amd {
+            clear_above(&mut cpu.vectors.ymm[destination], WIDTH);
+        }
         set_lane(&mut cpu.vectors.ymm[destination], DATA, i, value);
         set_lane(&mut cpu.vectors.ymm[mask], DATA, i, 0);
     }

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind};
 use super::Unit;
 use super::elements::store_masked_bytes;
 use super::plan::register;
-use crate::cpu::{Cpu, Handler, Op, RegisterFile, Result, instruction as handler};
+use crate::cpu::{Cpu, Handler, Mode, Op, RegisterFile, Result, instruction as handler};
 use x86_defs::state::RDI;
 
 impl Cpu {
@@ -53,8 +53,10 @@ fn load<const N: u8>(cpu: &mut Cpu, op: &Op) -> Result<()> {
 
 fn save<const N: u8>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     cpu.check_pending_x87()?;
-    // As processors do: the top of stack changes before the store, the tags after it.
-    cpu.x87.status &= !(7 << 11);
+    // As Intel's processors do: the top of stack changes before the store, the tags after it.
+    if !cpu.mode.contains(Mode::AMD) {
+        cpu.x87.status &= !(7 << 11);
+    }
     match (N, op.has_memory()) {
         (4, true) => cpu.write_op::<u32>(op, cpu.mm(op.a) as u32)?,
         (4, false) => cpu.regs.set::<u32>(op.a, cpu.mm(op.b) as u32),

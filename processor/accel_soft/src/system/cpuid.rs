@@ -182,8 +182,8 @@ fn hypervisor_leaves(tsc_khz: u32) -> [CpuidEntry; 3] {
 fn extended_leaves() -> Vec<CpuidEntry> {
     // LAHF LZCNT PREFETCHW
     let ecx = bits(&[0, 5, 8]);
-    // SYSCALL NX 1-GiB pages RDTSCP long mode
-    let edx = bits(&[11, 20, 26, 27, 29]);
+    // SYSCALL NX MMXEXT (which SSE includes) 1-GiB pages RDTSCP long mode
+    let edx = bits(&[11, 20, 22, 26, 27, 29]);
     let mut all = vec![
         entry(0x8000_0000, None, [MAX_EXTENDED, 0, 0, 0]),
         entry(0x8000_0001, None, [0, 0, ecx, edx]),
@@ -205,7 +205,13 @@ fn extended_leaves() -> Vec<CpuidEntry> {
         entry(
             0x8000_0008,
             None,
-            [LINEAR_BITS << 8 | PHYSICAL_BITS, 0, 0, 0],
+            // AMD's bits for IBPB, IBRS, STIBP and SSBD.
+            [
+                LINEAR_BITS << 8 | PHYSICAL_BITS,
+                bits(&[12, 14, 15, 24]),
+                0,
+                0,
+            ],
         ),
     ]);
     all

@@ -8,11 +8,12 @@
 //! | `interrupt` | delivery of interrupts and exceptions, IRET |
 //! | `syscall` | SYSCALL, SYSENTER and their returns, SWAPGS, FS and GS bases |
 //! | `control`, `flags` | control and debug registers, XCR0, invalidation, RFLAGS |
-//! | `msr`, `cpuid` | model-specific registers, time, CPUID |
+//! | `msr`, `amd`, `cpuid` | model-specific registers, time, what AMD's processors do differently, CPUID |
 //! | `xsave` | FXSAVE and XSAVE families |
 //! | `local_apic`, `paravirt` | the local APIC as its processor uses it, KVM's paravirtual interface |
 //! | `power` | reset, INIT, startup, saved state, permission to use ports |
 
+mod amd;
 mod control;
 mod cpuid;
 mod descriptor;
@@ -53,6 +54,10 @@ pub(crate) struct SystemState {
     sysenter_eip: u64,
     tsc_aux: u64,
     tsc_adjust: u64,
+    /// CPUID names AMD as the vendor.
+    amd: bool,
+    /// HWCR of AMD's processors.
+    hwcr: u64,
     /// Ticks that the time-stamp counter is ahead of guest time.
     tsc_offset: u64,
     plain: msr::PlainMsrs,
@@ -71,6 +76,29 @@ pub(crate) const TSC_KHZ: u32 = 1_000_000;
 /// Everything that CPUID may promise.
 pub(crate) fn supported_cpuid() -> Vec<CpuidEntry> {
     cpuid::supported(TSC_KHZ)
+}
+
+impl SystemState {
+    /// The state of a processor with these CPUID tables.
+    pub(crate) fn new(cpuid: &[CpuidEntry]) -> Self {
+        Self {
+            amd: amd::is_vendor(cpuid),
+            ..Self::default()
+        }
+    }
+
+    /// CPUID names AMD as the vendor.
+    pub(crate) fn amd(&self) -> bool {
+        self.amd
+    }
+
+    /// The state of the same processor after a reset.
+    fn after_reset(&self) -> Self {
+        Self {
+            amd: self.amd,
+            ..Self::default()
+        }
+    }
 }
 
 /// Bits 47 to 63 are equal.

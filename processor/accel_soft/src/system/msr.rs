@@ -312,6 +312,7 @@ impl Cpu {
             name::KERNEL_GS_BASE => s.kernel_gs_base,
             name::TSC_AUX => s.tsc_aux,
             _ if super::paravirt::is_msr(msr) => self.read_paravirtual_msr(msr)?,
+            0xc001_0000..=0xc001_ffff if s.amd => super::amd::read_msr(self, msr)?,
             _ => s.plain.read(msr)?,
         })
     }
@@ -359,6 +360,9 @@ impl Cpu {
                 self.system.tsc_aux = value;
             }
             _ if super::paravirt::is_msr(msr) => self.write_paravirtual_msr(msr, value)?,
+            0xc001_0000..=0xc001_ffff if self.system.amd => {
+                super::amd::write_msr(self, msr, value)?;
+            }
             _ => self.system.plain.write(msr, value)?,
         }
         Some(())

@@ -276,6 +276,11 @@ impl Cpu {
         self.system.paravirtual.eoi_deferred = told.is_some();
     }
 
+    /// True when the end of the last interrupt may be noted in memory.
+    pub(crate) fn has_deferred_eoi(&self) -> bool {
+        self.system.paravirtual.eoi_deferred
+    }
+
     /// Finds out whether the guest has ended the interrupt that it was allowed to end in memory, and takes that right back.
     /// Done before anything that depends on what is in service.
     pub(crate) fn settle_deferred_eoi(&mut self) {

@@ -7,7 +7,6 @@ use x86_defs::state::{
     VcpuState,
 };
 
-use super::SystemState;
 use super::control::{DR6_ONES, DR7_ONES};
 use super::descriptor::UNUSABLE;
 use crate::cpu::{Cpu, Exception, Result, Status, Waiting};
@@ -26,7 +25,7 @@ impl Cpu {
     /// Puts everything into the state after power-up or RESET (SDM volume 3, table 11-1), and calls `update_mode`. The
     /// time-stamp counters of all processors count from the machine's start, and so agree.
     pub(crate) fn power_up(&mut self) {
-        self.system = SystemState::default();
+        self.system = self.system.after_reset();
         self.x87 = X87::default();
         self.vectors = Vectors::default();
         self.xcr0 = Xcr0::X87;

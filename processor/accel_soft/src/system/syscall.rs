@@ -32,27 +32,55 @@ impl Cpu {
     }
 }
 
+impl Cpu {
+    /// Enters 64-bit ring 0 at `target`, as SYSCALL in long mode does.
+    pub(super) fn syscall_to(&mut self, target: u64) -> Result<()> {
+        let flags = self.rflags();
+        self.regs[RCX] = self.rip;
+        self.regs[11] = flags & !Rflags::RF.bits();
+        self.rip = target;
+        let new = flags & !self.system.fmask & !Rflags::RF.bits();
+        self.set_rflags_without_mode(new);
+        let star = (self.system.star >> 32) as u16;
+        self.enter_flat(star, CODE64, star.wrapping_add(8), 0);
+        Ok(())
+    }
+
+    /// Flat 32-bit segments of ring 0.
+    pub(super) fn enter_legacy_kernel(&mut self, cs: u16) {
+        self.enter_flat(cs, CODE32, cs.wrapping_add(8), 0);
+    }
+
+    /// Flat 32-bit segments of ring 3.
+    pub(super) fn enter_legacy_user(&mut self, cs: u16) {
+        self.enter_flat(cs, CODE32, cs.wrapping_add(8), 3);
+    }
+}
+
 pub(super) fn syscall(cpu: &mut Cpu, _: &Op) -> Result<()> {
-    if !cpu.mode.is_64bit() || !cpu.efer.contains(Efer::SCE) {
+    if !cpu.efer.contains(Efer::SCE) {
         return Err(cpu.ud());
     }
-    let flags = cpu.rflags();
-    cpu.regs[RCX] = cpu.rip;
-    cpu.regs[11] = flags & !Rflags::RF.bits();
-    cpu.rip = cpu.system.lstar;
-    let new = flags & !cpu.system.fmask & !Rflags::RF.bits();
-    cpu.set_rflags_without_mode(new);
-    let star = (cpu.system.star >> 32) as u16;
-    cpu.enter_flat(star, CODE64, star.wrapping_add(8), 0);
-    Ok(())
+    if cpu.mode.is_64bit() {
+        return cpu.syscall_to(cpu.system.lstar);
+    }
+    if cpu.system.amd && cpu.protected() {
+        return cpu.syscall_32bit();
+    }
+    Err(cpu.ud())
 }
 
 /// SYSRET; `T` is the operand size: 64-bit returns to 64-bit mode.
 pub(super) fn sysret<T: Value>(cpu: &mut Cpu, _: &Op) -> Result<()> {
-    if !cpu.mode.is_64bit() || !cpu.efer.contains(Efer::SCE) {
+    let legacy = cpu.system.amd && cpu.protected() && !cpu.long_mode();
+    if !(cpu.mode.is_64bit() || legacy) || !cpu.efer.contains(Efer::SCE) {
         return Err(cpu.ud());
     }
     cpu.need_supervisor()?;
+    if legacy {
+        cpu.sysret_legacy();
+        return Ok(());
+    }
     let long = size_of::<T>() == 8;
     let rip = cpu.regs[RCX];
     if long && !super::canonical(rip) {
@@ -72,6 +100,9 @@ pub(super) fn sysret<T: Value>(cpu: &mut Cpu, _: &Op) -> Result<()> {
 }
 
 pub(super) fn sysenter(cpu: &mut Cpu, _: &Op) -> Result<()> {
+    if cpu.system.amd && cpu.long_mode() {
+        return Err(cpu.ud());
+    }
     let cs = cpu.system.sysenter_cs as u16;
     let protected = cpu.protected() || cpu.virtual_8086();
     if !protected || cs & !3 == 0 {
@@ -90,6 +121,9 @@ pub(super) fn sysenter(cpu: &mut Cpu, _: &Op) -> Result<()> {
 
 /// SYSEXIT; `T` is the operand size.
 pub(super) fn sysexit<T: Value>(cpu: &mut Cpu, _: &Op) -> Result<()> {
+    if cpu.system.amd && cpu.long_mode() {
+        return Err(cpu.ud());
+    }
     let cs = cpu.system.sysenter_cs as u16;
     if !cpu.protected() || cs & !3 == 0 || cpu.cpl != 0 {
         return Err(cpu.gp(0));

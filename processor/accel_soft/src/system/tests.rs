@@ -6,7 +6,7 @@ use std::sync::Arc;
 use guest_clock::GuestClock;
 use guest_memory::{BackingOptions, GuestMemory};
 use x86_defs::control::{Cr0, Cr4, Efer, Rflags};
-use x86_defs::exception::{DB, DF, GP, NP, PF, SS as STACK, TS};
+use x86_defs::exception::{DB, DF, GP, NP, PF, SS as STACK, TS, UD};
 use x86_defs::state::{CS, DS, DescriptorTable, ES, FS, GS, RCX, RSP, SS, Segment};
 
 use crate::cpu::{Cpu, Exception, Machine, VcpuShared};
@@ -382,6 +382,40 @@ fn fast_system_calls_go_and_come_back() {
         (r.cpu.cpl, r.cpu.exception),
         (0, Exception::WithCode(GP, 0))
     );
+}
+
+#[test]
+fn amd_processors_have_system_calls_outside_64_bit_mode() {
+    let mut r = Rig::long().user();
+    r.cpu.system.star = u64::from(CODE64) << 32 | 0x5b << 48;
+    r.cpu.system.cstar = 0x8800;
+    r.cpu.set_rflags(0x246);
+    r.cpu.segments[CS].attributes &= !(1 << 13);
+    r.cpu.update_mode();
+    assert!(super::syscall::syscall(&mut r.cpu, &nothing()).is_err());
+    r.cpu.system.amd = true;
+    super::syscall::syscall(&mut r.cpu, &nothing()).unwrap();
+    assert_eq!((r.cpu.cpl, r.cpu.rip), (0, 0x8800));
+    assert_eq!((r.cpu.regs[RCX], r.cpu.regs[11]), (0x1234, 0x246));
+    assert!(r.cpu.mode.is_64bit());
+    // SYSENTER is there in legacy mode alone.
+    r.cpu.system.sysenter_cs = u64::from(CODE64);
+    assert!(super::syscall::sysenter(&mut r.cpu, &nothing()).is_err());
+    assert_eq!(r.cpu.exception.vector(), Some(UD));
+
+    let mut r = Rig::protected().user();
+    r.cpu.system.amd = true;
+    r.cpu.efer |= Efer::SCE;
+    r.cpu.system.star = 0x4444 | u64::from(CODE0) << 32 | 0x5b << 48;
+    r.cpu.set_rflags(0x246);
+    super::syscall::syscall(&mut r.cpu, &nothing()).unwrap();
+    assert_eq!(
+        (r.cpu.cpl, r.cpu.rip, r.cpu.rflags(), r.cpu.regs[RCX]),
+        (0, 0x4444, 0x46, 0x1234)
+    );
+    super::syscall::sysret::<u32>(&mut r.cpu, &nothing()).unwrap();
+    assert_eq!((r.cpu.cpl, r.cpu.rip, r.cpu.rflags()), (3, 0x1234, 0x246));
+    assert_eq!(r.cpu.segments[CS].selector, 0x5b);
 }
 
 #[test]

@@ -8,7 +8,9 @@ use iced_x86::{Code, CpuidFeature, Instruction, MemorySize};
 use x86_defs::control::Cr0;
 use x86_defs::exception;
 
-use crate::cpu::{Access, Cpu, Exception, Handler, Op, Result, Status, instruction as handler};
+use crate::cpu::{
+    Access, Cpu, Exception, Handler, Mode, Op, Result, Status, instruction as handler,
+};
 use crate::simd::Unit;
 
 /// x87 registers.
@@ -115,6 +117,11 @@ fn load<const N: usize>(cpu: &mut Cpu, op: &Op) -> Result<()> {
 /// An instruction that writes `N` bytes of memory.
 fn save<const N: usize>(cpu: &mut Cpu, op: &Op) -> Result<()> {
     cpu.check_pending_x87()?;
+    if cpu.mode.contains(Mode::AMD) {
+        // AMD's processors look at the place before they look at the value.
+        let linear = cpu.linear_op(op, N as u64, Access::Write)?;
+        cpu.probe(linear, N as u64, Access::Write, op.seg)?;
+    }
     let mut memory = [0; 16];
     let mut unit = cpu.x87;
     host::execute(routine(op), &mut unit, &mut memory, 0);

@@ -8,6 +8,7 @@
 mod offload;
 mod operation;
 mod slots;
+mod socket;
 mod task;
 mod thread;
 mod threads_engine;
@@ -15,6 +16,7 @@ mod uring_engine;
 
 pub use offload::offload;
 pub(crate) use operation::Operation;
+pub use socket::{Listener, Socket};
 pub use task::{JoinHandle, yield_now};
 pub use thread::{IoHandle, IoThread};
 

@@ -32,6 +32,10 @@ pub(crate) enum Operation {
     Readable { file: Rc<OwnedFd> },
     /// A read of eight bytes from an eventfd or timerfd, waiting until it is signalled.
     EventRead { file: Rc<OwnedFd>, buf: IoBuf },
+    /// A read from a socket, waiting until there is something; it may fill a part of the buffer.
+    Receive { file: Rc<OwnedFd>, buf: IoBuf },
+    /// A write to a socket, waiting until there is room; it may take a part of the buffer.
+    Send { file: Rc<OwnedFd>, buf: IoBuf },
 }
 
 /// What an operation in flight keeps alive.
@@ -51,12 +55,20 @@ impl Operation {
             }
             Self::Read { file, buf, .. }
             | Self::Write { file, buf, .. }
-            | Self::EventRead { file, buf } => Held::Transfer(file, buf),
+            | Self::EventRead { file, buf }
+            | Self::Receive { file, buf }
+            | Self::Send { file, buf } => Held::Transfer(file, buf),
         }
     }
 
     /// Whether it ends by itself in bounded time.
     pub(crate) fn is_bounded(&self) -> bool {
-        !matches!(self, Self::Readable { .. } | Self::EventRead { .. })
+        !matches!(
+            self,
+            Self::Readable { .. }
+                | Self::EventRead { .. }
+                | Self::Receive { .. }
+                | Self::Send { .. }
+        )
     }
 }

@@ -54,8 +54,68 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Watched {
     slot: SlotId,
     file: Rc<OwnedFd>,
-    /// Where an eventfd's counter goes; `None` for a mere poll.
-    target: Option<IoBuf>,
+    then: Then,
+}
+
+/// What is done with a descriptor when it is ready.
+enum Then {
+    /// Nothing: the poll was all.
+    Tell,
+    /// An eventfd's counter is read to here.
+    Count(IoBuf),
+    Receive(IoBuf),
+    Send(IoBuf),
+}
+
+impl Then {
+    fn awaited(&self) -> PollFlags {
+        match self {
+            Self::Send(_) => PollFlags::OUT,
+            _ => PollFlags::IN,
+        }
+    }
+
+    fn perform(&self, file: &OwnedFd) -> i32 {
+        match self {
+            Self::Tell => 0,
+            Self::Count(target) => {
+                let mut count = [0; 8];
+                match rustix::io::read(file, &mut count) {
+                    Ok(n) => {
+                        target.copy_from(&count);
+                        i32::try_from(n).unwrap_or(0)
+                    }
+                    Err(e) => -e.raw_os_error(),
+                }
+            }
+            Self::Receive(buf) => transfer(file, buf, false),
+            Self::Send(buf) => transfer(file, buf, true),
+        }
+    }
+}
+
+/// Moves what can be moved between a socket and `buf` without waiting.
+fn transfer(file: &OwnedFd, buf: &IoBuf, send: bool) -> i32 {
+    let segments = buf.segments();
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: all zeroes is a valid `msghdr` without any pieces.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = segments.as_ptr().cast_mut().cast();
+    message.msg_iovlen = segments.len().min(super::uring_engine::MAX_SEGMENTS);
+    // SAFETY: the segments (of the layout of `struct iovec`) lie in `buf`, which lives on.
+    let moved = unsafe {
+        if send {
+            libc::sendmsg(file.as_raw_fd(), &raw const message, flags)
+        } else {
+            libc::recvmsg(file.as_raw_fd(), &raw mut message, flags)
+        }
+    };
+    if moved < 0 {
+        return -std::io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::EIO);
+    }
+    i32::try_from(moved).unwrap_or(i32::MAX)
 }
 
 pub(crate) struct ThreadsEngine {
@@ -124,11 +184,19 @@ impl ThreadsEngine {
             }
             Operation::Readable { file } => {
                 let file = file.clone();
-                return self.watch(slots, operation, waker, file, None);
+                return self.watch(slots, operation, waker, file, Then::Tell);
             }
             Operation::EventRead { file, buf } => {
-                let (file, target) = (file.clone(), Some(buf.clone()));
-                return self.watch(slots, operation, waker, file, target);
+                let (file, then) = (file.clone(), Then::Count(buf.clone()));
+                return self.watch(slots, operation, waker, file, then);
+            }
+            Operation::Receive { file, buf } => {
+                let (file, then) = (file.clone(), Then::Receive(buf.clone()));
+                return self.watch(slots, operation, waker, file, then);
+            }
+            Operation::Send { file, buf } => {
+                let (file, then) = (file.clone(), Then::Send(buf.clone()));
+                return self.watch(slots, operation, waker, file, then);
             }
         };
         let fd = file.as_raw_fd();
@@ -143,10 +211,10 @@ impl ThreadsEngine {
         operation: Operation,
         waker: Waker,
         file: Rc<OwnedFd>,
-        target: Option<IoBuf>,
+        then: Then,
     ) -> SlotId {
         let slot = slots.insert(waker, operation.into_held(), None, false);
-        self.watched.push(Watched { slot, file, target });
+        self.watched.push(Watched { slot, file, then });
         slot
     }
 
@@ -172,10 +240,11 @@ impl ThreadsEngine {
         woken: &mut Vec<Waker>,
     ) {
         let ready: Vec<bool> = {
-            let watched = self.watched.iter().map(|w| w.file.as_fd());
-            let mut fds: Vec<PollFd<'_>> = std::iter::once(shared.wake_fd.as_fd())
+            let watched = self.watched.iter();
+            let watched = watched.map(|w| (w.file.as_fd(), w.then.awaited()));
+            let mut fds: Vec<PollFd<'_>> = std::iter::once((shared.wake_fd.as_fd(), PollFlags::IN))
                 .chain(watched)
-                .map(|fd: BorrowedFd<'_>| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+                .map(|(fd, flags): (BorrowedFd<'_>, _)| PollFd::from_borrowed_fd(fd, flags))
                 .collect();
             let zero = Timespec {
                 tv_sec: 0,
@@ -192,19 +261,7 @@ impl ThreadsEngine {
         }
         for index in (0..self.watched.len()).rev().filter(|i| ready[i + 1]) {
             let watched = self.watched.swap_remove(index);
-            let result = match watched.target {
-                None => 0,
-                Some(target) => {
-                    let mut count = [0; 8];
-                    match rustix::io::read(&*watched.file, &mut count) {
-                        Ok(n) => {
-                            target.copy_from(&count);
-                            i32::try_from(n).unwrap_or(0)
-                        }
-                        Err(e) => -e.raw_os_error(),
-                    }
-                }
-            };
+            let result = watched.then.perform(&watched.file);
             woken.extend(slots.complete(watched.slot, result));
         }
     }

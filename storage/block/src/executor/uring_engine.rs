@@ -166,10 +166,11 @@ fn entry_for(operation: &Operation) -> (squeue::Entry, Option<Box<[Segment]>>) {
             (entry, None)
         }
         Operation::Readable { file } => (opcode::PollAdd::new(fd(file), poll_in()).build(), None),
-        Operation::EventRead { file, buf } => {
-            // No position: the offset of a stream.
+        // No position: the offset of a stream.
+        Operation::EventRead { file, buf } | Operation::Receive { file, buf } => {
             transfer_entry(fd(file), u64::MAX, buf, false)
         }
+        Operation::Send { file, buf } => transfer_entry(fd(file), u64::MAX, buf, true),
     }
 }
 

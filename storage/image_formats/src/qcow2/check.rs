@@ -54,13 +54,13 @@ impl CheckReport {
     /// More findings than this are counted, not described.
     pub const MAX_MESSAGES: usize = 10_000;
 
-    fn say(&mut self, message: String) {
+    pub(crate) fn say(&mut self, message: String) {
         if self.messages.len() < Self::MAX_MESSAGES {
             self.messages.push(message);
         }
     }
 
-    fn corruption(&mut self, message: String) {
+    pub(crate) fn corruption(&mut self, message: String) {
         self.corruptions += 1;
         self.say(format!("ERROR {message}"));
     }

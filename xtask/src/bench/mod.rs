@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: measured beside peers in one run, printed as ratios.
 
+mod cpu;
+
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,6 +25,8 @@ pub(crate) struct Options {
 enum What {
     /// Debian's kernel to the first line of user space, software CPU beside QEMU's TCG
     Boot,
+    /// Programs in a guest: software CPU beside QEMU's TCG and the host itself
+    Cpu,
 }
 
 /// Longest time for one boot.
@@ -33,6 +37,7 @@ const FIRST_LINE: &str = "GUEST-USER-SPACE";
 pub(crate) fn run(options: &Options) -> Result<()> {
     match options.what {
         What::Boot => boot(options.runs),
+        What::Cpu => cpu::run(options.runs),
     }
 }
 
@@ -47,6 +52,17 @@ fn time_to_user_space(command: &mut Command) -> Result<f64> {
     let mut console = Console::start(command.stderr(Stdio::null()), false)?;
     console.expect(FIRST_LINE, LIMIT)?;
     Ok(start.elapsed().as_secs_f64())
+}
+
+/// QEMU with TCG, its machine as near to ours as it has one.
+fn qemu(guest: &guest::Boot, append: &str) -> Command {
+    let mut run = command("qemu-system-x86_64");
+    run.args(["-accel", "tcg", "-M", "q35", "-m", "1G", "-cpu", "max"]);
+    run.args(["-nodefaults", "-no-reboot", "-display", "none"]);
+    run.args(["-serial", "stdio", "-append", append]);
+    run.arg("-kernel").arg(&guest.kernel);
+    run.arg("-initrd").arg(&guest.initrd);
+    run
 }
 
 fn boot(runs: u32) -> Result<()> {
@@ -72,34 +88,7 @@ fn boot(runs: u32) -> Result<()> {
             .arg(&guest.initrd);
         run
     };
-    let theirs = || {
-        let mut run = command("qemu-system-x86_64");
-        run.args([
-            "-accel",
-            "tcg",
-            "-M",
-            "q35",
-            "-m",
-            "1G",
-            "-cpu",
-            "max",
-            "-nodefaults",
-        ]);
-        run.args([
-            "-no-reboot",
-            "-display",
-            "none",
-            "-serial",
-            "stdio",
-            "-append",
-            APPEND,
-        ]);
-        run.arg("-kernel")
-            .arg(&guest.kernel)
-            .arg("-initrd")
-            .arg(&guest.initrd);
-        run
-    };
+    let theirs = || qemu(&guest, APPEND);
     let (mut a, mut b) = (Vec::new(), Vec::new());
     for n in 1..=runs {
         a.push(time_to_user_space(&mut ours())?);

@@ -1,0 +1,131 @@
+//! The options of new images of the formats of other products.
+
+use image_formats::qcow2::CreateOptions;
+use image_formats::{NewImage, Property, Value};
+use serde_json::{Map, json};
+
+use super::Failure;
+use super::create::{preallocation, switch};
+
+/// An option's name with its kind of value, and what it means.
+pub(crate) type OptionHelp = (&'static str, &'static str);
+
+const SIZE: OptionHelp = ("size=<size>", "Virtual disk size");
+const BACKING_FILE: OptionHelp = ("backing_file=<str>", "File name of a base image");
+
+const VPC: &[OptionHelp] = &[
+    (
+        "force_size=<bool (on/off)>",
+        "Keep the size as it is, rather than rounding it up to a disk geometry",
+    ),
+    BACKING_FILE,
+    (
+        "preallocation=<str>",
+        "Space of a fixed disk (allowed values: off, falloc, full)",
+    ),
+    SIZE,
+    (
+        "subformat=<str>",
+        "Type of virtual hard disk format: dynamic (default) or fixed",
+    ),
+];
+
+/// The options that a format has for new images; `None` if it is not one of these.
+pub(crate) fn option_list(format: &str) -> Option<&'static [OptionHelp]> {
+    Some(match format {
+        "vpc" => VPC,
+        _ => return None,
+    })
+}
+
+fn invalid(value: &str) -> Failure {
+    Failure::plain(format!("Invalid parameter '{value}'"))
+}
+
+/// Sets an option of a new image; `false` if the format does not have it.
+pub(crate) fn set(image: &mut NewImage, key: &str, value: &str) -> Result<bool, Failure> {
+    match image {
+        NewImage::Vpc(o) => match key {
+            "subformat" => {
+                o.fixed = match value {
+                    "fixed" => true,
+                    "dynamic" => false,
+                    _ => return Err(invalid(value)),
+                }
+            }
+            "force_size" => o.force_size = switch(key, value)?,
+            "preallocation" => o.preallocation = preallocation(value)?,
+            _ => return Ok(false),
+        },
+    }
+    Ok(true)
+}
+
+/// The line that announces a new image.
+pub(crate) fn describe(image: &NewImage, name: &str, common: &CreateOptions) -> String {
+    let mut text = format!(
+        "Formatting '{name}', fmt={} size={}",
+        image.format(),
+        image.size()
+    );
+    if let Some(file) = &common.backing_file {
+        text.push_str(&format!(" backing_file={file}"));
+    }
+    if let Some(format) = &common.backing_format {
+        text.push_str(&format!(" backing_fmt={format}"));
+    }
+    let on = |value: bool| if value { "on" } else { "off" };
+    match image {
+        NewImage::Vpc(o) => {
+            if o.fixed {
+                text.push_str(" subformat=fixed");
+            }
+            if o.force_size {
+                text.push_str(&format!(" force_size={}", on(o.force_size)));
+            }
+        }
+    }
+    text
+}
+
+/// Properties as JSON.
+pub(crate) fn as_json(properties: &[Property]) -> serde_json::Value {
+    let value = |value: &Value| match value {
+        Value::Bool(b) => json!(b),
+        Value::Number(n) => json!(n),
+        Value::Text(t) => json!(t),
+        Value::Group(group) => as_json(group),
+        Value::List(items) => items.iter().map(|item| as_json(item)).collect(),
+    };
+    let object: Map<String, serde_json::Value> = properties
+        .iter()
+        .map(|p| (p.key.to_owned(), value(&p.value)))
+        .collect();
+    object.into()
+}
+
+/// Properties as lines for people, indented.
+pub(crate) fn as_lines(properties: &[Property], depth: usize) -> Vec<String> {
+    let indent = "    ".repeat(depth);
+    let mut lines = Vec::new();
+    for property in properties {
+        let label = property.label;
+        match &property.value {
+            Value::Bool(b) => lines.push(format!("{indent}{label}: {b}")),
+            Value::Number(n) => lines.push(format!("{indent}{label}: {n}")),
+            Value::Text(t) => lines.push(format!("{indent}{label}: {t}")),
+            Value::Group(group) => {
+                lines.push(format!("{indent}{label}:"));
+                lines.extend(as_lines(group, depth + 1));
+            }
+            Value::List(items) => {
+                lines.push(format!("{indent}{label}:"));
+                for (n, item) in items.iter().enumerate() {
+                    lines.push(format!("{indent}    [{n}]:"));
+                    lines.extend(as_lines(item, depth + 2));
+                }
+            }
+        }
+    }
+    lines
+}

@@ -1,0 +1,143 @@
+//! What translated code keeps within reach of its stack pointer.
+
+use std::mem::offset_of;
+use std::sync::atomic::AtomicU32;
+
+use super::jumps::Jumps;
+use crate::cpu::{Cpu, Op};
+use crate::mmu::{StackPage, Tlb};
+use crate::simd::Vectors;
+
+/// The part of a [`Cpu`] that only translated code and its callers use.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Hot {
+    /// The word of events that other threads raise.
+    pub(crate) events: *const AtomicU32,
+    /// The table of indirect jumps ([`super::jumps`]).
+    pub(crate) jumps: *const u64,
+    /// What stands for the mode and the translations of addresses in that table: a number in the top 16 bits.
+    pub(crate) key: u64,
+    /// RIP of the running code less its place in its page.
+    pub(crate) page: u64,
+    /// Guest R13, R14 and R15 while translated code runs.
+    pub(crate) spilled: [u64; 3],
+    /// For values that outgrow the scratch registers.
+    pub(crate) scratch: [u64; 4],
+    /// RFLAGS while translated code does not run: the status flags, and what the host's need.
+    pub(crate) rflags: u64,
+}
+
+/// Where a decoded operation is.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct OpPlace {
+    /// The place of its block in its page.
+    pub(crate) start: u16,
+    /// Instructions of the block behind it.
+    pub(crate) rest: u16,
+    /// It looks at the x87 unit, or changes it.
+    pub(crate) x87: bool,
+}
+
+/// What is looked at only when translated code is entered or left.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Gate {
+    /// The stack of who entered translated code.
+    pub(crate) host_rsp: u64,
+    /// Decoded operations, by number.
+    pub(crate) ops: *const Op,
+    /// What else is to know of the operations.
+    pub(crate) places: *const OpPlace,
+    /// MXCSR for the host's own code.
+    pub(crate) host_mxcsr: u32,
+    /// What [`Hot::key`] was made of: a change means another key.
+    pub(crate) key_of: (u16, u64),
+    /// The table that [`Hot::jumps`] is of, while translated code runs.
+    pub(crate) jumps: *mut Jumps,
+}
+
+impl Gate {
+    /// Nothing yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            host_rsp: 0,
+            ops: std::ptr::null(),
+            places: std::ptr::null(),
+            host_mxcsr: 0x1f80,
+            key_of: (0, 0),
+            jumps: std::ptr::null_mut(),
+        }
+    }
+}
+
+impl Hot {
+    /// Nothing yet.
+    pub(crate) fn new(events: *const AtomicU32) -> Self {
+        Self {
+            spilled: [0; 3],
+            events,
+            jumps: std::ptr::null(),
+            key: 0,
+            page: 0,
+            scratch: [0; 4],
+            rflags: 0,
+        }
+    }
+}
+
+/// Displacements from the stack pointer of translated code.
+pub(crate) mod at {
+    use super::{Cpu, Gate, Hot, StackPage, Tlb, Vectors, offset_of};
+
+    const HOT: usize = offset_of!(Cpu, hot);
+    /// [`Tlb::data`].
+    pub(crate) const TLB: i32 = (offset_of!(Cpu, tlb) + offset_of!(Tlb, data)) as i32;
+    const STACK: usize = offset_of!(Cpu, tlb) + offset_of!(Tlb, stack);
+    /// [`StackPage::tag`].
+    pub(crate) const STACK_TAG: i32 = (STACK + offset_of!(StackPage, tag)) as i32;
+    /// [`StackPage::host`].
+    pub(crate) const STACK_HOST: i32 = (STACK + offset_of!(StackPage, host)) as i32;
+    /// [`StackPage::flag`].
+    pub(crate) const STACK_FLAG: i32 = (STACK + offset_of!(StackPage, flag)) as i32;
+    /// [`Hot::spilled`].
+    pub(crate) const SPILLED: i32 = (HOT + offset_of!(Hot, spilled)) as i32;
+    /// [`Hot::events`].
+    pub(crate) const EVENTS: i32 = (HOT + offset_of!(Hot, events)) as i32;
+    /// [`Hot::jumps`].
+    pub(crate) const JUMPS: i32 = (HOT + offset_of!(Hot, jumps)) as i32;
+    /// [`Hot::key`].
+    pub(crate) const KEY: i32 = (HOT + offset_of!(Hot, key)) as i32;
+    /// [`Hot::page`].
+    pub(crate) const PAGE: i32 = (HOT + offset_of!(Hot, page)) as i32;
+    /// [`Hot::scratch`]: RAX or RCX for a moment.
+    pub(crate) const SAVED_REGISTER: i32 = (HOT + offset_of!(Hot, scratch)) as i32;
+    /// Status flags for a moment, as LAHF and SETO give them.
+    pub(crate) const SAVED_FLAGS: i32 = SAVED_REGISTER + 8;
+    /// An entry of the translation buffer, or a target, for a moment.
+    pub(crate) const SAVED_ENTRY: i32 = SAVED_REGISTER + 16;
+    /// An address, while the stack's page is looked up.
+    pub(crate) const SAVED_ENTRY_OF_STACK: i32 = SAVED_REGISTER + 24;
+    /// [`Hot::rflags`].
+    pub(crate) const RFLAGS: i32 = (HOT + offset_of!(Hot, rflags)) as i32;
+    /// [`Gate::host_rsp`].
+    pub(crate) const HOST_RSP: i32 = (offset_of!(Cpu, gate) + offset_of!(Gate, host_rsp)) as i32;
+    /// [`Gate::host_mxcsr`].
+    pub(crate) const HOST_MXCSR: i32 =
+        (offset_of!(Cpu, gate) + offset_of!(Gate, host_mxcsr)) as i32;
+    /// [`Cpu::rip`].
+    pub(crate) const RIP: i32 = offset_of!(Cpu, rip) as i32;
+    /// [`Cpu::instructions`].
+    pub(crate) const INSTRUCTIONS: i32 = offset_of!(Cpu, instructions) as i32;
+    /// [`Cpu::x87_live`].
+    pub(crate) const X87_LIVE: i32 = offset_of!(Cpu, x87_live) as i32;
+    /// [`Cpu::regs`].
+    pub(crate) const REGS: i32 = offset_of!(Cpu, regs) as i32;
+    /// [`Cpu::bases`].
+    pub(crate) const BASES: i32 = offset_of!(Cpu, bases) as i32;
+    /// The vector registers.
+    pub(crate) const YMM: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, ymm)) as i32;
+    /// MXCSR.
+    pub(crate) const MXCSR: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, mxcsr)) as i32;
+    const _: () = assert!(PAGE < 128 && YMM % 32 == 0);
+}

@@ -1,0 +1,569 @@
+//! From decoded blocks to host code of the same instruction set.
+//!
+//! | Module | What |
+//! | --- | --- |
+//! | `code` | a compiler of blocks: memory operands, flags, what goes out of line |
+//! | `native` | instructions that are executed as they are |
+//! | `branch` | branches and the stack |
+//! | `shape`, `encoding`, `flags`, `liveness` | what there is to know of an instruction |
+//! | `emit`, `memory` | bytes of code, and where they are kept |
+//! | `registers`, `hot`, `home` | where the guest's state is |
+//! | `fpu` | the x87 unit in the host's |
+//! | `stubs`, `runtime` | the ways between translated code and Rust |
+//! | `jumps` | the table of indirect jumps |
+//!
+//! A block is compiled when it has run some times. Whatever has no template calls the interpreter for that one operation, so
+//! that the interpreter stays the reference and the only home of what is rare.
+
+mod branch;
+mod code;
+mod emit;
+mod encoding;
+mod flags;
+mod fpu;
+mod home;
+mod hot;
+mod jumps;
+mod liveness;
+mod memory;
+mod native;
+mod registers;
+mod runtime;
+mod shape;
+mod stubs;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
+
+pub(crate) use home::Home;
+use hot::OpPlace;
+pub(crate) use hot::{Gate, Hot};
+pub(crate) use runtime::{HOST_FLAGS, exit};
+
+use crate::block::{Block, decoder_options};
+use crate::cpu::{Cpu, Mode, Op};
+use code::{At, Compiler, Link};
+use emit::Asm;
+use encoding::Encoding;
+use liveness::Successors;
+use memory::CodeMemory;
+use stubs::Stubs;
+
+/// No block becomes longer than this.
+const MOST_CODE: usize = 64 << 10;
+
+/// True when no vector instruction can raise an exception of its own.
+pub(crate) fn vectors_are_masked(cpu: &Cpu) -> bool {
+    cpu.vectors.mxcsr & 0x1f80 == 0x1f80
+}
+
+/// True when code can be run as things are: nothing that it executes natively can raise an exception of its own.
+pub(crate) fn can_run(cpu: &Cpu, code: &Code) -> bool {
+    vectors_are_masked(cpu) && (!code.x87_first || fpu::is_masked(cpu))
+}
+
+/// True when code of this mode is compiled.
+pub(crate) fn is_for(mode: Mode) -> bool {
+    let flat = mode.contains(Mode::CODE32 | Mode::FLAT | Mode::PROTECTED);
+    !mode.contains(Mode::STEP) && (mode.is_64bit() || flat)
+}
+
+/// Code of a block.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Code {
+    /// Where code in the same page goes; zero: there is none.
+    pub(crate) near: u64,
+    /// Where code elsewhere goes.
+    pub(crate) far: u64,
+    /// Where it goes on when it is stale.
+    stale: u64,
+    /// The first bytes, when it is stale.
+    first: [u8; 5],
+    /// It is stale.
+    pub(crate) is_stale: bool,
+    /// It starts with an instruction of the x87 unit.
+    x87_first: bool,
+    /// Runs so far.
+    pub(crate) runs: u16,
+}
+
+/// What was compiled of a page.
+struct Page {
+    generation_at: *const AtomicU32,
+    generation: u32,
+    blocks: Vec<*mut Block>,
+}
+
+impl Page {
+    /// The generation of what is in the page now.
+    fn now(&self) -> u32 {
+        // SAFETY: the generation lives as long as the backing, and all is cleared before a backing goes.
+        unsafe { (*self.generation_at).load(Ordering::SeqCst) }
+    }
+}
+
+/// The host code of a vCPU.
+pub(crate) struct Translator {
+    memory: CodeMemory,
+    asm: Asm,
+    stubs: Stubs,
+    links: Vec<Link>,
+    jumps: jumps::Jumps,
+    pages: HashMap<usize, Page>,
+    /// Entries of stale code, by what it was compiled of.
+    dead: HashMap<(usize, u16), Vec<u64>>,
+    places: Vec<OpPlace>,
+    /// The host has RORX.
+    has_rorx: bool,
+    /// Bytes of common code.
+    common: usize,
+    /// [`guest_memory::code_writes`] when the pages were last looked at.
+    seen_writes: u64,
+}
+
+// SAFETY: the pointers are to blocks of the cache that goes with the translator, and to generations, which any thread may read.
+unsafe impl Send for Translator {}
+
+impl Translator {
+    /// Nothing compiled yet, with room for `size` bytes.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub(crate) fn new(size: usize) -> std::io::Result<Self> {
+        let mut memory = CodeMemory::new(size)?;
+        let mut asm = Asm::new();
+        let stubs = stubs::build(&mut asm, &mut memory);
+        let common = memory.used();
+        Ok(Self {
+            memory,
+            asm,
+            stubs,
+            links: Vec::new(),
+            jumps: jumps::Jumps::new(),
+            pages: HashMap::new(),
+            dead: HashMap::new(),
+            places: Vec::new(),
+            has_rorx: stubs::has_rorx(),
+            common,
+            seen_writes: guest_memory::code_writes(),
+        })
+    }
+
+    /// True when another block may not fit.
+    pub(crate) fn is_full(&self) -> bool {
+        self.memory.left() < MOST_CODE
+    }
+
+    /// Forgets all code, because the blocks go.
+    pub(crate) fn clear(&mut self) {
+        self.memory.truncate(self.common);
+        self.links.clear();
+        self.jumps.clear();
+        self.pages.clear();
+        self.dead.clear();
+        self.places.clear();
+    }
+
+    /// Runs code from `near`, of a block at `Cpu::rip`. Gives why it was left ([`exit`]).
+    pub(crate) fn run(&mut self, cpu: &mut Cpu, near: u64, ops: *const Op) -> u32 {
+        let of = (cpu.mode.bits(), cpu.tlb.version);
+        if cpu.gate.key_of != of || cpu.hot.key == 0 {
+            cpu.gate.key_of = of;
+            cpu.hot.key = self.jumps.key(of);
+        }
+        cpu.hot.jumps = self.jumps.as_ptr();
+        cpu.gate.jumps = &raw mut self.jumps;
+        cpu.gate.ops = ops;
+        cpu.gate.places = self.places.as_ptr();
+        cpu.hot.page = cpu.rip & !0xfff;
+        cpu.hot.rflags = cpu.status.to_rflags() | HOST_FLAGS;
+        // SAFETY: the stub keeps to this convention; the code was compiled for the state's mode and is not stale.
+        let why = unsafe {
+            let enter: unsafe extern "sysv64" fn(*mut Cpu, u64) -> u32 =
+                std::mem::transmute(self.stubs.enter as usize);
+            enter(cpu, near)
+        };
+        cpu.status = crate::cpu::Status::from_rflags(cpu.hot.rflags);
+        fpu::leave(cpu);
+        why
+    }
+
+    /// The place that a link leads to, relative to the page.
+    pub(crate) fn link_target(&self, link: u32) -> i32 {
+        self.links[link as usize].target
+    }
+
+    /// Makes a link lead to code.
+    pub(crate) fn patch(&mut self, link: u32, near: u64) {
+        self.memory
+            .patch_jump(self.links[link as usize].place, near);
+    }
+
+    /// Lets indirect jumps to `rip` find the code.
+    pub(crate) fn enter(&mut self, cpu: &mut Cpu, rip: u64, far: u64) {
+        let of = (cpu.mode.bits(), cpu.tlb.version);
+        let key = self.jumps.key(of);
+        self.jumps.enter(rip, key, far);
+    }
+
+    /// Makes code stale whose page has been written to. True when there was any.
+    fn follow_writes(&mut self) {
+        let writes = guest_memory::code_writes();
+        if writes == self.seen_writes {
+            return;
+        }
+        self.seen_writes = writes;
+        let stale: Vec<usize> = self
+            .pages
+            .iter()
+            .filter(|(_, page)| page.now() != page.generation)
+            .map(|(at, _)| *at)
+            .collect();
+        for at in stale {
+            let blocks = self.pages.remove(&at).map_or_else(Vec::new, |p| p.blocks);
+            blocks.into_iter().for_each(|block| self.kill(block));
+        }
+    }
+
+    /// Code that has become stale can't be reached any more. True when that of `block` can.
+    pub(crate) fn make_ready(&mut self, block: *mut Block) -> bool {
+        self.follow_writes();
+        // SAFETY: a live block.
+        let this = unsafe { &*block };
+        if this.code.is_stale && this.is_fresh() {
+            // It is known already to be what it was.
+            self.revive(block);
+        }
+        !this.code.is_stale
+    }
+
+    /// Code of this block is not to be entered any more.
+    fn kill(&mut self, block: *mut Block) {
+        // SAFETY: blocks live until the cache is cleared, and this with it.
+        let block = unsafe { &mut *block };
+        let code = &mut block.code;
+        if code.is_stale {
+            return;
+        }
+        code.is_stale = true;
+        code.first = self.memory.bytes(code.near);
+        self.memory.put_jump(code.near, code.stale);
+        self.dead
+            .entry((block.host as usize, block.mode.bits()))
+            .or_default()
+            .push(code.near);
+    }
+
+    /// Takes note of fresh code, to find it when its page is written to.
+    fn note(&mut self, block: *mut Block) {
+        // SAFETY: a live block.
+        let this = unsafe { &*block };
+        let first = (
+            this.host as usize & !0xfff,
+            this.generation_at,
+            this.generation,
+        );
+        self.note_in_page(block, first);
+        if this.is_across() {
+            let second = this.second;
+            let second = (
+                second.host as usize,
+                second.generation_at,
+                second.generation,
+            );
+            self.note_in_page(block, second);
+        }
+    }
+
+    fn note_in_page(&mut self, block: *mut Block, page: (usize, *const AtomicU32, u32)) {
+        let (at, generation_at, generation) = page;
+        let page = self.pages.entry(at).or_insert(Page {
+            generation_at,
+            generation,
+            blocks: Vec::new(),
+        });
+        if page.generation == generation {
+            page.blocks.push(block);
+        } else if page.now() == generation {
+            page.generation = generation;
+            let old = std::mem::replace(&mut page.blocks, vec![block]);
+            old.into_iter().for_each(|block| self.kill(block));
+        } else {
+            self.kill(block);
+        }
+    }
+
+    /// The bytes of a stale block have turned out to be what they were.
+    pub(crate) fn revive(&mut self, block: *mut Block) {
+        // SAFETY: a live block.
+        let this = unsafe { &mut *block };
+        if this.code.near == 0 || !this.code.is_stale {
+            return;
+        }
+        this.code.is_stale = false;
+        self.memory.put(this.code.near, &this.code.first);
+        if let Some(dead) = self.dead.get_mut(&(this.host as usize, this.mode.bits())) {
+            dead.retain(|near| *near != this.code.near);
+        }
+        self.note(block);
+    }
+
+    /// Compiles a block, whose bytes these are. False: it can't be.
+    pub(crate) fn compile(&mut self, block: *mut Block, bytes: &[u8], first_op: usize) -> bool {
+        // SAFETY: a live block.
+        let this = unsafe { &mut *block };
+        let mut instructions = Vec::with_capacity(usize::from(this.count));
+        let mut decoder =
+            Decoder::with_ip(this.mode.bitness(), bytes, 0, decoder_options(this.mode));
+        for _ in 0..this.count {
+            if !decoder.can_decode() {
+                return false;
+            }
+            let i = decoder.decode();
+            let offsets = decoder.get_constant_offsets(&i);
+            let immediates = offsets.immediate_size()
+                + offsets.immediate_size2()
+                + usize::from(shape::names_register_last(&i));
+            instructions.push((i, i.len() - immediates));
+        }
+        if instructions.is_empty() {
+            return false;
+        }
+        let base = self.memory.next();
+        self.asm.start(base);
+        // SAFETY: the page that the block lies in is mapped; it may be written to while it is copied.
+        let page = unsafe {
+            let start = this.host.wrapping_sub(this.host as usize & 0xfff);
+            start.cast::<[u8; 4096]>().read_volatile()
+        };
+        let successors = Successors::new(&page, this.mode);
+        let mut c = Compiler {
+            has_rorx: self.has_rorx,
+            x87_ready: false,
+            successors: &successors,
+            asm: &mut self.asm,
+            stubs: self.stubs,
+            mode: this.mode,
+            start: (this.host as usize & 0xfff) as i32,
+            count: i32::from(this.count),
+            first_op: first_op as u32,
+            cold: Vec::new(),
+            links: Vec::new(),
+            first_link: self.links.len() as u32,
+        };
+        let entries = c.block(this, &instructions, bytes);
+        let links = std::mem::take(&mut c.links);
+        drop(c);
+        self.asm.finish();
+        if self.asm.len() > MOST_CODE / 2 {
+            return false;
+        }
+        self.memory.append(&self.asm.bytes);
+        self.links
+            .extend(links.into_iter().map(|(at, target)| Link {
+                place: base + at as u64,
+                target,
+            }));
+        let (near, stale) = entries;
+        this.code = Code {
+            near: base + near as u64,
+            far: base,
+            stale: base + stale as u64,
+            ..this.code
+        };
+        this.code.is_stale = false;
+        this.code.x87_first = shape::is_x87(&instructions[0].0);
+        self.set_places(this, first_op, &instructions);
+        self.note(block);
+        for old in self
+            .dead
+            .remove(&(this.host as usize, this.mode.bits()))
+            .unwrap_or_default()
+        {
+            self.memory.put_jump(old, this.code.near);
+        }
+        true
+    }
+
+    fn set_places(
+        &mut self,
+        block: &Block,
+        first_op: usize,
+        instructions: &[(Instruction, usize)],
+    ) {
+        let end = first_op + usize::from(block.count) + 1;
+        if self.places.len() < end {
+            self.places.resize(end, OpPlace::default());
+        }
+        for (k, place) in self.places[first_op..end].iter_mut().enumerate() {
+            place.start = (block.host as usize & 0xfff) as u16;
+            place.rest = block.count.saturating_sub(k as u16 + 1);
+            place.x87 = instructions
+                .get(k)
+                .is_some_and(|(i, _)| shape::touches_x87(i));
+        }
+    }
+}
+
+impl Compiler<'_> {
+    /// Compiles a block. Gives where its near entry and the way out of stale code are.
+    fn block(
+        &mut self,
+        block: &Block,
+        instructions: &[(Instruction, usize)],
+        bytes: &[u8],
+    ) -> (usize, usize) {
+        // The far entry: R14 is the address.
+        self.asm.ins(
+            self.wide(0x8d),
+            emit::R14,
+            emit::mem(emit::R14, -self.start),
+        );
+        self.asm.store(emit::hot(hot::at::PAGE), emit::R14);
+        let near = self.asm.len();
+        self.count_instructions(self.count);
+        let live = self.liveness(block, instructions);
+        let mut ended = false;
+        let mut place = 0;
+        for (k, (i, immediate_at)) in instructions.iter().enumerate() {
+            let length = i.len();
+            // SAFETY: a block has as many operations as instructions, and one more.
+            let op = unsafe { &*block.ops.add(k) };
+            let at = At {
+                i,
+                op,
+                k,
+                live_before: live[k] != 0,
+                live_after: live[k + 1] != 0,
+            };
+            let own = &bytes[place..place + length];
+            place += length;
+            let last = k + 1 == instructions.len();
+            if self.template(at, own, *immediate_at, last, &mut ended) {
+                continue;
+            }
+            if last {
+                self.end_by_interpreter(at);
+                ended = true;
+            } else {
+                self.call_interpreter(at);
+            }
+        }
+        if !ended {
+            let k = instructions.len() - 1;
+            // SAFETY: as above.
+            let op = unsafe { &*block.ops.add(k) };
+            let at = At {
+                i: &instructions[k].0,
+                op,
+                k,
+                live_before: true,
+                live_after: true,
+            };
+            self.fall_through(at);
+        }
+        // A block of fewer bytes than a jump would be overwritten beyond its end.
+        while self.asm.len() < near + 5 {
+            self.asm.u8(0x90);
+        }
+        self.finish();
+        let stale = self.asm.len();
+        let start = self.start;
+        self.address_in_page(start);
+        self.asm.store(emit::hot(hot::at::RIP), emit::R14);
+        let exit = self.stubs.exit;
+        self.asm.jmp(exit);
+        (near, stale)
+    }
+
+    /// Flags that matter before each instruction, and after the last.
+    fn liveness(&self, block: &Block, instructions: &[(Instruction, usize)]) -> Vec<u32> {
+        let mut live = vec![self.live_behind(block, instructions); instructions.len() + 1];
+        for (k, (i, _)) in instructions.iter().enumerate().rev() {
+            // SAFETY: as in `block`.
+            let op = unsafe { &*block.ops.add(k) };
+            let effect = flags::effect(i);
+            live[k] = if self.has_template(i, op) {
+                live[k + 1] & !effect.writes | effect.reads
+            } else {
+                flags::ALL
+            };
+        }
+        live
+    }
+
+    /// Flags that matter behind the block.
+    fn live_behind(&self, block: &Block, instructions: &[(Instruction, usize)]) -> u32 {
+        let k = instructions.len() - 1;
+        let i = &instructions[k].0;
+        // SAFETY: as in `block`.
+        let op = unsafe { &*block.ops.add(k) };
+        if !self.has_template(i, op) {
+            return flags::ALL;
+        }
+        let next = || self.successors.live_at(self.start + i32::from(op.next));
+        let target = || match i.op0_kind() {
+            OpKind::NearBranch64 => {
+                let place = i.near_branch_target() as i64 + i64::from(self.start);
+                i32::try_from(place).map_or(flags::ALL, |place| self.successors.live_at(place))
+            }
+            OpKind::NearBranch32 => {
+                let relative = i.near_branch_target() as u32 as i32;
+                self.successors.live_at(self.start.wrapping_add(relative))
+            }
+            _ => flags::ALL,
+        };
+        match i.flow_control() {
+            FlowControl::Next => next(),
+            FlowControl::UnconditionalBranch | FlowControl::Call => target(),
+            FlowControl::ConditionalBranch => target() | next(),
+            _ => flags::ALL,
+        }
+    }
+
+    /// True when the interpreter is not needed for what the instruction usually does.
+    fn has_template(&self, i: &Instruction, op: &Op) -> bool {
+        op.handler as usize != crate::exec::undefined().handler as usize
+            && shape::is_known(i, self.mode)
+    }
+
+    fn template(
+        &mut self,
+        at: At,
+        bytes: &[u8],
+        immediate_at: usize,
+        last: bool,
+        ended: &mut bool,
+    ) -> bool {
+        if !self.has_template(at.i, at.op) {
+            return false;
+        }
+        if native::is_nop(at.i) {
+            return true;
+        }
+        if shape::is_branch(at.i) {
+            *ended = last && self.branch(at);
+            return *ended;
+        }
+        if shape::is_stack(at.i) {
+            return self.stack_instruction(at);
+        }
+        let Some(mut e) = Encoding::parse(bytes, self.code64()) else {
+            return false;
+        };
+        e.immediate_at = immediate_at;
+        if e.map == 0 && e.byte == 0x82 {
+            // An alias that 64-bit code has not.
+            (e.byte, e.has_odd_prefixes) = (0x80, true);
+        }
+        if at.i.mnemonic() == iced_x86::Mnemonic::Lea {
+            return self.lea(at, &e);
+        }
+        match shape::shape(at.i, &e) {
+            Some(s) => self.native(at, &e, &s, bytes),
+            None => false,
+        }
+    }
+}
