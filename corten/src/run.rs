@@ -96,6 +96,9 @@ pub(crate) struct RunArguments {
     /// Writes to every disk go to temporary overlays that are gone afterwards
     #[arg(long)]
     snapshot: bool,
+    /// Say on standard error when the guest's first instruction runs
+    #[arg(long, hide = true)]
+    announce_start: bool,
     /// Print the machine's specification as JSON and do not run it
     #[arg(long)]
     print_spec: bool,
@@ -224,6 +227,17 @@ fn vsock(text: &str) -> Result<VsockSpec, OptionError> {
     })
 }
 
+/// The folder for decompressed kernels, in the user's cache folder (XDG Base Directory Specification 0.8).
+fn kernel_cache() -> Option<PathBuf> {
+    let folder = |name| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|p| p.is_absolute())
+    };
+    let caches = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")))?;
+    Some(caches.join("corten/kernels"))
+}
+
 /// Runs the machine to its end.
 pub(crate) fn run(arguments: &RunArguments) -> ExitCode {
     if matches!(arguments.cpu.as_str(), "help" | "?") {
@@ -252,6 +266,8 @@ pub(crate) fn run(arguments: &RunArguments) -> ExitCode {
         qmp,
         pidfile: arguments.pidfile.clone(),
         paused: arguments.paused,
+        kernel_cache: kernel_cache(),
+        announce_start: arguments.announce_start,
     };
     match machine::run(&spec, &options) {
         Ok(Outcome::PoweredOff | Outcome::Quit) => ExitCode::SUCCESS,

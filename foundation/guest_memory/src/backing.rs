@@ -1,9 +1,11 @@
 //! Host memory that stands behind guest memory.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use parking_lot::Mutex;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::{MemoryError, PAGE_SHIFT, PAGE_SIZE};
@@ -35,6 +37,8 @@ pub struct Backing {
     ptr: NonNull<u8>,
     len: u64,
     file: Option<OwnedFd>,
+    /// Byte ranges that show a file's content until they are written; see [`Backing::show_file`].
+    shown: Mutex<Vec<Range<u64>>>,
     flags: Vec<AtomicU8>,
     code_generation: Vec<AtomicU32>,
     dirty: Vec<AtomicU64>,
@@ -157,6 +161,7 @@ impl Backing {
             ptr: NonNull::new(inner).expect("the host maps nothing at address zero"),
             len,
             file,
+            shown: Mutex::default(),
             flags: zeroed_atomics(pages),
             code_generation: zeroed_atomics(pages),
             dirty: zeroed_atomics(pages.div_ceil(64)),
@@ -307,6 +312,74 @@ impl Backing {
         taken
     }
 
+    /// Puts a file's content into the range, all in whole pages, without reading it: the host reads a page as it is touched,
+    /// and a page that is written becomes the backing's own; the file is never changed. Somebody who cuts the file
+    /// short while it is shown kills the process, so this is for files that nobody else writes.
+    ///
+    /// # Errors
+    /// The host's reason, or `Unsupported` for a shared backing or a range that is not whole pages inside it.
+    pub fn show_file(
+        &self,
+        offset: u64,
+        len: u64,
+        file: BorrowedFd<'_>,
+        file_offset: u64,
+    ) -> std::io::Result<()> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.len);
+        let whole = (offset | len | file_offset) & (PAGE_SIZE - 1) == 0;
+        let (Some(end), true, true, None) = (end, whole, len != 0, &self.file) else {
+            return Err(std::io::ErrorKind::Unsupported.into());
+        };
+        // Under the lock, so that a discard at the same time leaves the list right.
+        let mut shown = self.shown.lock();
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the range lies inside our own mapping, of which the fixed mapping replaces whole pages; nobody holds
+        // references into guest memory.
+        unsafe {
+            let at = self.ptr.as_ptr().add(offset as usize).cast();
+            rustix::mm::mmap(at, len as usize, prot, flags, file, file_offset)?;
+            let _ = rustix::mm::madvise(at, len as usize, Advice::LinuxDontDump);
+        }
+        shown.push(offset..end);
+        drop(shown);
+        self.note_write(offset, len);
+        Ok(())
+    }
+
+    /// Replaces what of the range shows a file by pages of zeros.
+    fn hide_files(&self, range: &Range<u64>) {
+        let mut shown = self.shown.lock();
+        let mut kept = Vec::new();
+        for there in shown.drain(..) {
+            let (start, end) = (there.start.max(range.start), there.end.min(range.end));
+            if start >= end {
+                kept.push(there);
+                continue;
+            }
+            let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+            let prot = ProtFlags::READ | ProtFlags::WRITE;
+            // SAFETY: as in `show_file`.
+            unsafe {
+                let at = self.ptr.as_ptr().add(start as usize);
+                let len = (end - start) as usize;
+                // A host that has no mapping to spare leaves the old one, which is zeroed by hand.
+                if rustix::mm::mmap_anonymous(at.cast(), len, prot, flags).is_err() {
+                    at.write_bytes(0, len);
+                    kept.push(there);
+                    continue;
+                }
+                let _ = rustix::mm::madvise(at.cast(), len, Advice::LinuxDontDump);
+            }
+            kept.extend(
+                [there.start..start, end..there.end]
+                    .into_iter()
+                    .filter(|r| !r.is_empty()),
+            );
+        }
+        *shown = kept;
+    }
+
     /// Gives the pages that lie wholly inside the range back to the host; they read as zero afterwards.
     pub fn discard(&self, offset: u64, len: u64) {
         let start = offset.next_multiple_of(PAGE_SIZE);
@@ -326,6 +399,8 @@ impl Backing {
                     let at = self.ptr.as_ptr().add(start as usize);
                     rustix::mm::madvise(at.cast(), (end - start) as usize, Advice::LinuxDontNeed)
                 };
+                // Afterwards, as the pages of a file show the file again when they are given back.
+                self.hide_files(&(start..end));
             }
         }
         self.note_write(start, end - start);

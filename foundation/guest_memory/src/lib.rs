@@ -73,6 +73,9 @@ pub enum MemoryError {
         /// Bytes.
         len: u64,
     },
+    /// A file that was to be put into memory can't be read.
+    #[error("{0}")]
+    File(std::io::Error),
     /// An accelerator could not follow a change of the map.
     #[error("the accelerator refused a change of the memory map: {0}")]
     Listener(String),

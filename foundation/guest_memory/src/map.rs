@@ -1,5 +1,8 @@
 //! The map of guest-physical memory.
 
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -310,6 +313,41 @@ impl GuestMemory {
         })
     }
 
+    /// Puts `len` bytes of a file, from `offset` in it, into guest memory, as a loader does. Whole pages are shown as
+    /// [`Backing::show_file`] describes where that is possible, and all else is copied.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotMemory`]; [`MemoryError::File`] when the file can't be read or ends too early.
+    pub fn load_file(
+        &self,
+        addr: u64,
+        len: usize,
+        file: &std::fs::File,
+        offset: u64,
+    ) -> Result<(), MemoryError> {
+        let mut done = 0;
+        for slice in self.slices(addr, len, false)? {
+            let (at, from) = (slice.offset, offset + done);
+            done += slice.len() as u64;
+            let first = (at.next_multiple_of(PAGE_SIZE) - at).min(slice.len() as u64);
+            let whole = (slice.len() as u64 - first) & !(PAGE_SIZE - 1);
+            let shown = whole != 0
+                && slice
+                    .backing
+                    .show_file(at + first, whole, file.as_fd(), from + first)
+                    .is_ok();
+            let copied = if shown {
+                [0..first, first + whole..slice.len() as u64]
+            } else {
+                [0..slice.len() as u64, 0..0]
+            };
+            for range in copied {
+                copy_file(&slice, range, file, from).map_err(MemoryError::File)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads a little-endian 16-bit value in one access with acquire ordering; the address must be even.
     ///
     /// # Errors
@@ -384,10 +422,70 @@ impl GuestMemory {
     }
 }
 
+/// Copies the file's bytes from `offset + range.start` to the range of the slice.
+fn copy_file(
+    slice: &GuestSlice,
+    range: Range<u64>,
+    file: &std::fs::File,
+    offset: u64,
+) -> std::io::Result<()> {
+    const PIECE: u64 = 1 << 20;
+    let mut buffer = vec![0; (range.end - range.start).min(PIECE) as usize];
+    let mut at = range.start;
+    while at < range.end {
+        let piece = &mut buffer[..(range.end - at).min(PIECE) as usize];
+        file.read_exact_at(piece, offset + at)?;
+        slice.write_at(at as usize, piece);
+        at += piece.len() as u64;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::PageFlags;
+
+    #[test]
+    fn a_file_in_memory_is_private_and_gone_after_a_discard() {
+        const PAGES: usize = 8;
+        let page = PAGE_SIZE as usize;
+        let content: Vec<u8> = (0..PAGES * page).map(|n| (n / 7 + 1) as u8 | 1).collect();
+        let dir = std::env::temp_dir().join(format!("guest-memory-{}", std::process::id()));
+        std::fs::write(&dir, &content).unwrap();
+        let file = std::fs::File::open(&dir).unwrap();
+        std::fs::remove_file(&dir).unwrap();
+        for shared in [false, true] {
+            let memory = GuestMemory::new();
+            let options = BackingOptions {
+                shared,
+                ..BackingOptions::default()
+            };
+            let backing = memory.add_ram(0x1_0000, 0x2_0000, options).unwrap();
+            // With the page offsets of file and memory alike (shown), and not alike (copied).
+            for (addr, offset) in [(0x1_1010u64, 16u64), (0x1_9123, 7)] {
+                let len = content.len() - 3 * page;
+                memory.load_file(addr, len, &file, offset).unwrap();
+                let mut back = vec![0; len + 2];
+                memory.read(addr - 1, &mut back).unwrap();
+                assert!(back[1..=len] == content[offset as usize..][..len]);
+                assert_eq!((back[0], back[len + 1]), (0, 0));
+                memory.write(addr + 5000, b"guest").unwrap();
+                backing.discard(addr + 4096 - 0x1_0000, 8192);
+                let kept = addr.next_multiple_of(PAGE_SIZE) + 4096;
+                memory.read(kept, &mut back[..4096]).unwrap();
+                assert!(back[..4096].iter().all(|b| *b == 0));
+            }
+            let past = content.len() as u64 - 5;
+            assert!(matches!(
+                memory.load_file(0x1_0000, 20, &file, past),
+                Err(MemoryError::File(_))
+            ));
+            let mut whole = vec![0; content.len()];
+            file.read_exact_at(&mut whole, 0).unwrap();
+            assert!(whole == content, "the file itself is never written");
+        }
+    }
 
     fn memory() -> GuestMemory {
         let memory = GuestMemory::new();

@@ -3,6 +3,7 @@
 //! Each vCPU lives on a thread of its own, which runs it while the machine is to run and parks otherwise. Whoever wants
 //! something of the machine posts a [`Request`]; the machine's main thread takes them one by one and drives the threads.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -62,6 +63,8 @@ pub(crate) struct Lifecycle {
     clock: GuestClock,
     requests: Sender<Request>,
     handles: OnceLock<Vec<Arc<dyn VcpuHandle>>>,
+    /// Whether to say when the guest's first instruction runs.
+    announce: AtomicBool,
     // Runtime.
     state: Mutex<State>,
     changed: Condvar,
@@ -80,9 +83,15 @@ impl Lifecycle {
             clock,
             requests,
             handles: OnceLock::new(),
+            announce: AtomicBool::new(false),
             state: Mutex::new(state),
             changed: Condvar::new(),
         })
+    }
+
+    /// Has the first instruction of the guest announced on standard error.
+    pub(crate) fn announce_start(&self) {
+        self.announce.store(true, Ordering::Relaxed);
     }
 
     /// Posts a request.
@@ -193,6 +202,9 @@ struct Thread {
 impl Thread {
     fn live(mut self) {
         while self.wait_to_run() {
+            if self.number == 0 && self.shared.announce.swap(false, Ordering::Relaxed) {
+                eprintln!("corten: the guest starts");
+            }
             match self.vcpu.run(&*self.io) {
                 Ok(Exit::Kicked) => {}
                 Ok(Exit::Shutdown) => {

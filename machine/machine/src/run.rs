@@ -19,7 +19,7 @@ use crate::cpu_model::CpuModel;
 use crate::firmware::{AcpiConfig, SmbiosConfig, write_acpi, write_smbios};
 use crate::io::Buses;
 use crate::lifecycle::{Lifecycle, Request};
-use crate::loader::{self, BootInfo, Entry};
+use crate::loader::{BootInfo, Entry, KernelCache, LoadError, PreparedKernel};
 use crate::memory_map::MemoryMap;
 use crate::processor;
 use crate::signals;
@@ -33,6 +33,10 @@ pub struct RunOptions {
     pub pidfile: Option<PathBuf>,
     /// Wait for QMP's `cont` before the guest runs.
     pub paused: bool,
+    /// Folder in which decompressed kernels are kept; without one they are decompressed each time.
+    pub kernel_cache: Option<PathBuf>,
+    /// Say on standard error when the guest's first instruction runs.
+    pub announce_start: bool,
 }
 
 /// How a machine ended.
@@ -62,6 +66,22 @@ struct Machine {
     requests: Receiver<Request>,
     sender: Sender<Request>,
     paused: bool,
+    cache: Option<KernelCache>,
+}
+
+/// A kernel that is read while the machine is built.
+type Reading = JoinHandle<Result<PreparedKernel, LoadError>>;
+
+fn read_kernel(spec: &VmSpec, cache: Option<&KernelCache>) -> Result<Reading, MachineError> {
+    let Some(kernel) = &spec.kernel else {
+        let text = "--kernel: needed, as there is no firmware to boot from a disk yet";
+        return Err(MachineError::Spec(text.into()));
+    };
+    let (path, cache) = (kernel.kernel.clone(), cache.cloned());
+    std::thread::Builder::new()
+        .name("kernel".into())
+        .spawn(move || PreparedKernel::read(&path, cache.as_ref()))
+        .map_err(|e| MachineError::host("a thread that reads the kernel", e))
 }
 
 /// Builds a machine and runs it to its end.
@@ -70,15 +90,24 @@ struct Machine {
 /// When it can't be built, or the guest can't go on.
 pub fn run(spec: &VmSpec, options: &RunOptions) -> Result<Outcome, MachineError> {
     raise_file_limit();
-    let result = Machine::build(spec).and_then(|machine| {
-        signals::serve(machine.sender.clone())?;
-        machine.live(options)
-    });
+    let result = build_and_live(spec, options);
     char_backends::terminal::restore();
     if let Some(path) = &options.pidfile {
         let _ = std::fs::remove_file(path);
     }
     result
+}
+
+fn build_and_live(spec: &VmSpec, options: &RunOptions) -> Result<Outcome, MachineError> {
+    check_memory(spec.memory.size)?;
+    let cache = options.kernel_cache.clone().map(KernelCache::new);
+    let kernel = read_kernel(spec, cache.as_ref())?;
+    let machine = Machine::build(spec, cache)?;
+    if options.announce_start {
+        machine.lifecycle.announce_start();
+    }
+    signals::serve(machine.sender.clone())?;
+    machine.live(kernel, options)
 }
 
 /// Connections of the user-mode network take a descriptor each.
@@ -129,12 +158,7 @@ fn tell_missing(spec: &VmSpec, model: &CpuModel) {
 }
 
 impl Machine {
-    fn build(spec: &VmSpec) -> Result<Self, MachineError> {
-        check_memory(spec.memory.size)?;
-        if spec.kernel.is_none() {
-            let text = "--kernel: needed, as there is no firmware to boot from a disk yet";
-            return Err(MachineError::Spec(text.into()));
-        }
+    fn build(spec: &VmSpec, cache: Option<KernelCache>) -> Result<Self, MachineError> {
         if spec.machine == MachineType::Microvm {
             let text = "--machine: microvm is not there yet, expected q35";
             return Err(MachineError::Spec(text.into()));
@@ -182,6 +206,7 @@ impl Machine {
             requests,
             sender,
             paused: false,
+            cache,
         };
         let vcpus = machine.vcpus(&*accel, &model)?;
         let io: Arc<dyn CpuIo> = Arc::new(Buses {
@@ -214,7 +239,7 @@ impl Machine {
     }
 
     /// Writes firmware tables and the kernel into fresh memory.
-    fn load(&self) -> Result<Option<Entry>, MachineError> {
+    fn load(&self, kernel: &PreparedKernel) -> Result<Option<Entry>, MachineError> {
         let apic_ids: Vec<u32> = (0..self.spec.cpus).collect();
         let acpi = AcpiConfig {
             apic_ids: &apic_ids,
@@ -231,25 +256,22 @@ impl Machine {
         };
         write_smbios(&self.base.memory, &smbios)?;
         self.board.set_up_for_kernel()?;
-        let Some(kernel) = &self.spec.kernel else {
+        let Some(given) = &self.spec.kernel else {
             return Ok(None);
         };
         let info = BootInfo {
-            append: &kernel.append,
-            initrd: kernel.initrd.as_deref(),
+            append: &given.append,
+            initrd: given.initrd.as_deref(),
             map: &self.base.map,
             rsdp,
         };
-        Ok(Some(loader::load(
-            &self.base.memory,
-            &kernel.kernel,
-            &info,
-        )?))
+        Ok(Some(kernel.load(&self.base.memory, &info)?))
     }
 
     /// Runs the machine to its end.
-    fn live(mut self, options: &RunOptions) -> Result<Outcome, MachineError> {
-        let entry = self.load()?;
+    fn live(mut self, kernel: Reading, options: &RunOptions) -> Result<Outcome, MachineError> {
+        let kernel = finish(kernel)?;
+        let entry = self.load(&kernel)?;
         self.lifecycle.reset(entry);
         let control = Arc::new(QmpControl {
             requests: self.sender.clone(),
@@ -269,6 +291,7 @@ impl Machine {
         if !self.paused {
             self.lifecycle.run();
         }
+        kernel.keep();
         let result = self.serve(qmp.as_ref());
         self.lifecycle.end();
         for thread in self.threads.drain(..) {
@@ -398,13 +421,19 @@ impl Machine {
         for request in kept {
             let _ = self.sender.send(request);
         }
-        let entry = self.load()?;
+        let kernel = finish(read_kernel(&self.spec, self.cache.as_ref())?)?;
+        let entry = self.load(&kernel)?;
         self.lifecycle.reset(entry);
         if !self.paused {
             self.lifecycle.run();
         }
         Ok(())
     }
+}
+
+fn finish(kernel: Reading) -> Result<PreparedKernel, MachineError> {
+    let why = || MachineError::Guest("the kernel's reader has failed".into());
+    Ok(kernel.join().map_err(|_| why())??)
 }
 
 /// QMP's hand on the machine.

@@ -53,24 +53,76 @@ fn too_large(limit: usize) -> String {
     )
 }
 
-/// LZ4's legacy frame: blocks of at most 8 MiB, each behind its packed size in four bytes.
-fn lz4(mut blocks: &[u8], limit: usize) -> Result<Vec<u8>, String> {
+/// A block's number, its bytes, and where they are unpacked to.
+type Lz4Block<'a> = (usize, (&'a &'a [u8], &'a mut [u8]));
+
+/// LZ4's legacy frame: blocks that hold 8 MiB each, the last one less, each behind its packed size in four bytes.
+/// The blocks don't depend on one another, so several threads share the work.
+fn lz4(mut frame: &[u8], limit: usize) -> Result<Vec<u8>, String> {
     const BLOCK: usize = 8 << 20;
+    const MOST_THREADS: usize = 4;
     let broken = || "the lz4 payload is broken".to_owned();
-    let mut data = Vec::new();
+    let mut blocks = Vec::new();
     // The last four bytes are not a block but the size of the whole.
-    while blocks.len() > 4 {
-        let (size, rest) = blocks.split_first_chunk::<4>().ok_or_else(broken)?;
+    while frame.len() > 4 {
+        let (size, rest) = frame.split_first_chunk::<4>().ok_or_else(broken)?;
         let size = u32::from_le_bytes(*size) as usize;
-        let packed = rest.get(..size).ok_or_else(broken)?;
-        blocks = &rest[size..];
-        let at = data.len();
-        if at + BLOCK > limit {
+        blocks.push(rest.get(..size).ok_or_else(broken)?);
+        frame = &rest[size..];
+        if (blocks.len() - 1) * BLOCK > limit {
             return Err(too_large(limit));
         }
-        data.resize(at + BLOCK, 0);
-        let n = lz4_flex::block::decompress_into(packed, &mut data[at..]).map_err(|_| broken())?;
-        data.truncate(at + n);
+    }
+    let mut data = vec![0; blocks.len() * BLOCK];
+    let last = blocks.len().saturating_sub(1);
+    let work: Vec<_> = blocks
+        .iter()
+        .zip(data.chunks_mut(BLOCK))
+        .enumerate()
+        .collect();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = work.len().div_ceil(threads.min(MOST_THREADS)).max(1);
+    let mut shares = Vec::new();
+    let mut work = work.into_iter();
+    while work.len() != 0 {
+        shares.push(work.by_ref().take(share).collect::<Vec<_>>());
+    }
+    // Returns the bytes in the last block, when that is in the share.
+    let unpack = |share: Vec<Lz4Block<'_>>| {
+        let mut in_last = 0;
+        for (n, (packed, out)) in share {
+            let size = lz4_flex::block::decompress_into(packed, out).map_err(|_| broken())?;
+            if n == last {
+                in_last = size;
+            } else if size != BLOCK {
+                return Err(broken());
+            }
+        }
+        Ok(in_last)
+    };
+    let results: Vec<Result<usize, String>> = std::thread::scope(|scope| {
+        let first = if shares.is_empty() {
+            Vec::new()
+        } else {
+            shares.remove(0)
+        };
+        let others: Vec<_> = shares
+            .into_iter()
+            .map(|share| scope.spawn(|| unpack(share)))
+            .collect();
+        let mine = unpack(first);
+        let theirs = others
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|_| Err(broken())));
+        std::iter::once(mine).chain(theirs).collect()
+    });
+    let mut in_last = 0;
+    for result in results {
+        in_last += result?;
+    }
+    data.truncate(last * BLOCK + in_last);
+    if data.len() > limit {
+        return Err(too_large(limit));
     }
     Ok(data)
 }
@@ -109,6 +161,30 @@ mod tests {
         let out = child.wait_with_output().ok()?;
         writer.join().ok()?.ok()?;
         out.status.success().then_some(out.stdout)
+    }
+
+    #[test]
+    fn several_lz4_blocks_come_back_in_order() {
+        let data: Vec<u8> = (0..20u32 << 20).map(|n| (n >> 9 ^ n >> 18) as u8).collect();
+        let mut packed = vec![0x02, 0x21, 0x4c, 0x18];
+        for block in data.chunks(8 << 20) {
+            let bytes = lz4_flex::block::compress(block);
+            packed.extend((bytes.len() as u32).to_le_bytes());
+            packed.extend(bytes);
+        }
+        packed.extend((data.len() as u32).to_le_bytes());
+        assert!(decompress(&packed, 64 << 20).unwrap() == data);
+        assert!(decompress(&packed, 20 << 20).unwrap() == data);
+        assert!(decompress(&packed, (20 << 20) - 1).is_err());
+        // The first block holds less than the format says.
+        let first = u32::from_le_bytes(packed[4..8].try_into().unwrap()) as usize;
+        let short = lz4_flex::block::compress(&data[..100]);
+        let mut wrong = packed[..4].to_vec();
+        wrong.extend((short.len() as u32).to_le_bytes());
+        wrong.extend(short);
+        wrong.extend(&packed[8 + first..]);
+        assert!(decompress(&wrong, 64 << 20).is_err());
+        assert!(decompress(&packed[..4], 64 << 20).unwrap().is_empty());
     }
 
     #[test]

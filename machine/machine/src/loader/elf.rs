@@ -1,5 +1,6 @@
 //! Kernels as ELF files (System V ABI, chapters 4 and 5).
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 pub(super) const MAGIC: &[u8] = b"\x7fELF";
@@ -20,10 +21,37 @@ pub(super) struct Segment {
     /// Guest-physical address.
     pub(super) address: u64,
     /// Its bytes in the file.
-    pub(super) file: Range<usize>,
+    pub(super) file: Range<u64>,
     /// Bytes in memory, not fewer than in the file.
     pub(super) memory_size: u64,
 }
+
+/// Where an ELF file's bytes come from.
+pub(super) trait Source {
+    /// Bytes in the file.
+    fn len(&self) -> u64;
+    /// Exactly `len` bytes from `offset`.
+    fn read(&self, offset: u64, len: usize) -> Result<Cow<'_, [u8]>, String>;
+}
+
+impl Source for [u8] {
+    fn len(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read(&self, offset: u64, len: usize) -> Result<Cow<'_, [u8]>, String> {
+        let start = usize::try_from(offset).map_err(|_| TRUNCATED)?;
+        let bytes = start.checked_add(len).and_then(|end| self.get(start..end));
+        Ok(bytes.ok_or(TRUNCATED)?.into())
+    }
+}
+
+const TRUNCATED: &str = "truncated ELF file";
+/// Bytes of the header of the file and of a program header, in 64-bit files, which have the larger ones.
+const FILE_HEADER: u64 = 64;
+const PROGRAM_HEADER: u64 = 56;
+/// Most bytes of notes that are looked at.
+const MAX_NOTES: u64 = 1 << 20;
 
 /// What is needed to load and enter a kernel.
 #[derive(Debug)]
@@ -45,7 +73,7 @@ impl Fields<'_> {
         at.checked_add(N)
             .and_then(|end| self.data.get(at..end))
             .and_then(|b| b.try_into().ok())
-            .ok_or_else(|| "truncated ELF file".to_owned())
+            .ok_or_else(|| TRUNCATED.to_owned())
     }
 
     fn u16(&self, at: usize) -> Result<u16, String> {
@@ -67,20 +95,23 @@ impl Fields<'_> {
 }
 
 impl Kernel {
-    pub(super) fn parse(data: &[u8]) -> Result<Self, String> {
-        let class = *data.get(4).ok_or("truncated ELF file")?;
-        let is_64 = match class {
+    pub(super) fn parse(source: &(impl Source + ?Sized)) -> Result<Self, String> {
+        let bytes = source.read(0, source.len().min(FILE_HEADER) as usize)?;
+        let is_64 = match *bytes.get(4).ok_or(TRUNCATED)? {
             CLASS_32 => false,
             CLASS_64 => true,
             other => return Err(format!("ELF class {other}, expected 1 or 2")),
         };
-        let file = Fields { data, is_64 };
+        let file = Fields {
+            data: &bytes,
+            is_64,
+        };
         let machine = file.u16(18)?;
         if machine != MACHINE_X86_64 && machine != MACHINE_386 {
             return Err(format!("ELF file for machine {machine}, expected x86"));
         }
-        let table = usize::try_from(file.word(28, 32)?).map_err(|_| "truncated ELF file")?;
-        let size = usize::from(file.u16(if is_64 { 54 } else { 42 })?);
+        let table = file.word(28, 32)?;
+        let size = u64::from(file.u16(if is_64 { 54 } else { 42 })?);
         let count = usize::from(file.u16(if is_64 { 56 } else { 44 })?);
         if count > MAX_HEADERS {
             return Err(format!(
@@ -94,12 +125,14 @@ impl Kernel {
             segments: Vec::new(),
         };
         for n in 0..count {
-            let at = table.checked_add(n * size).ok_or("truncated ELF file")?;
+            let at = table.checked_add(n as u64 * size).ok_or(TRUNCATED)?;
+            let left = source.len().checked_sub(at).ok_or(TRUNCATED)?;
+            let bytes = source.read(at, left.min(PROGRAM_HEADER) as usize)?;
             let header = Fields {
-                data: data.get(at..).ok_or("truncated ELF file")?,
+                data: &bytes,
                 is_64,
             };
-            kernel.header(&header, data)?;
+            kernel.header(&header, source)?;
         }
         if kernel.segments.is_empty() {
             return Err("an ELF file with nothing to load, expected a kernel".into());
@@ -107,7 +140,11 @@ impl Kernel {
         Ok(kernel)
     }
 
-    fn header(&mut self, header: &Fields<'_>, data: &[u8]) -> Result<(), String> {
+    fn header(
+        &mut self,
+        header: &Fields<'_>,
+        source: &(impl Source + ?Sized),
+    ) -> Result<(), String> {
         let kind = header.u32(0)?;
         if kind != PT_LOAD && kind != PT_NOTE {
             return Ok(());
@@ -117,18 +154,18 @@ impl Kernel {
         let memory_size = header.word(20, 40)?;
         let end = offset
             .checked_add(file_size)
-            .filter(|end| *end <= data.len() as u64);
+            .filter(|end| *end <= source.len());
         let end = end.ok_or("truncated: a segment lies past the end of the file")?;
-        let file = offset as usize..end as usize;
         if kind == PT_NOTE {
-            self.pvh_entry = self.pvh_entry.or(pvh_note(&data[file]));
+            let notes = source.read(offset, file_size.min(MAX_NOTES) as usize)?;
+            self.pvh_entry = self.pvh_entry.or(pvh_note(&notes));
         } else if memory_size != 0 {
             if memory_size < file_size {
                 return Err("a segment is smaller in memory than in the file".into());
             }
             self.segments.push(Segment {
                 address: header.word(12, 24)?,
-                file,
+                file: offset..end,
                 memory_size,
             });
         }

@@ -6,18 +6,22 @@
 
 mod boot_params;
 mod bzimage;
+mod cache;
 mod decompress;
 mod elf;
 mod initial_state;
 mod pvh;
 
+use std::borrow::Cow;
 use std::fs::File;
-use std::io::Read;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use guest_memory::{GuestMemory, MemoryError};
 use x86_defs::state::VcpuState;
 
+pub use cache::KernelCache;
 pub use initial_state::Entry;
 
 use crate::memory_map::MemoryMap;
@@ -85,10 +89,11 @@ pub struct BootInfo<'a> {
     pub rsdp: u64,
 }
 
-/// A file's content with its name, for messages.
+/// An open file with its name, for messages.
 struct Image {
     path: PathBuf,
-    data: Vec<u8>,
+    file: File,
+    length: u64,
 }
 
 impl Image {
@@ -98,17 +103,18 @@ impl Image {
             source,
         };
         let file = File::open(path).map_err(error)?;
-        let mut data = Vec::new();
-        let read = file
-            .take(MAX_FILE + 1)
-            .read_to_end(&mut data)
-            .map_err(error)?;
-        if read as u64 > MAX_FILE {
+        let data = file.metadata().map_err(error)?;
+        if data.is_dir() {
+            return Err(error(std::io::ErrorKind::IsADirectory.into()));
+        }
+        let length = data.len();
+        if length > MAX_FILE {
             return Err(error(std::io::Error::other("larger than 2 GiB")));
         }
         Ok(Self {
             path: path.to_owned(),
-            data,
+            file,
+            length,
         })
     }
 
@@ -118,39 +124,209 @@ impl Image {
             reason: reason.into(),
         }
     }
-}
 
-/// Loads a kernel and what belongs to it; returns how the bootstrap processor starts.
-///
-/// # Errors
-/// When a file is missing, broken or too large, before the guest runs.
-pub fn load(memory: &GuestMemory, kernel: &Path, info: &BootInfo<'_>) -> Result<Entry, LoadError> {
-    let image = Image::open(kernel)?;
-    if image.data.is_empty() {
-        return Err(image.bad("an empty file, expected a bzImage or an ELF kernel"));
-    }
-    if image.data.starts_with(elf::MAGIC) {
-        let kernel = elf::Kernel::parse(&image.data).map_err(|why| image.bad(why))?;
-        let loaded = load_elf(memory, &image, &image.data, &kernel, info.map)?;
-        return match kernel.pvh_entry {
-            Some(entry) => pvh::enter(memory, entry, loaded.end, info),
-            None => {
-                let setup = boot_params::SetupHeader::for_elf();
-                boot_params::enter_64(memory, &setup, loaded, info)
-            }
-        };
-    }
-    let setup = bzimage::parse(&image.data).map_err(|why| image.bad(why))?;
-    let payload = bzimage::payload(&image.data, &setup).map_err(|why| image.bad(why))?;
-    if let Some(vmlinux) = payload {
-        let kernel = elf::Kernel::parse(&vmlinux).map_err(|why| image.bad(why))?;
-        if kernel.is_64 {
-            let loaded = load_elf(memory, &image, &vmlinux, &kernel, info.map)?;
-            return boot_params::enter_64(memory, &setup, loaded, info);
+    fn failed(&self, source: std::io::Error) -> LoadError {
+        LoadError::File {
+            path: self.path.clone(),
+            source,
         }
     }
-    let code = bzimage::protected_mode_code(&image.data, &setup);
-    boot_params::enter_32(memory, &image.path, &setup, code, info)
+
+    /// The bytes of a range that lies inside the file.
+    fn bytes(&self, range: Range<u64>) -> Result<Vec<u8>, LoadError> {
+        let mut data = vec![0; (range.end - range.start) as usize];
+        self.file
+            .read_exact_at(&mut data, range.start)
+            .map_err(|e| self.failed(e))?;
+        Ok(data)
+    }
+}
+
+impl elf::Source for Image {
+    fn len(&self) -> u64 {
+        self.length
+    }
+
+    fn read(&self, offset: u64, len: usize) -> Result<Cow<'_, [u8]>, String> {
+        let mut bytes = vec![0; len];
+        let read = self.file.read_exact_at(&mut bytes, offset);
+        read.map_err(|_| "truncated ELF file".to_owned())?;
+        Ok(bytes.into())
+    }
+}
+
+/// A kernel's ELF file.
+enum Vmlinux {
+    /// In memory, decompressed just now; with the digest under which it is to be kept.
+    Unpacked(Vec<u8>, Option<cache::Digest>),
+    /// A file that nobody else changes.
+    Cached(File),
+    /// The file that was given.
+    Given,
+}
+
+/// What there is to load, and by which protocol it is entered.
+enum Form {
+    /// An ELF file as it is.
+    Elf(elf::Kernel),
+    /// A bzImage whose payload is entered in 64-bit mode.
+    Unpacked(boot_params::SetupHeader, elf::Kernel),
+    /// A bzImage that decompresses itself: its protected-mode code.
+    Packed(boot_params::SetupHeader, Vec<u8>),
+}
+
+/// A kernel that has been read, decompressed and looked at, before there is a machine to put it into.
+pub struct PreparedKernel {
+    image: Image,
+    form: Form,
+    vmlinux: Vmlinux,
+    cache: Option<KernelCache>,
+}
+
+impl PreparedKernel {
+    /// Reads a kernel. A compressed one is taken out of the cache when it is there.
+    ///
+    /// # Errors
+    /// When the file is missing, broken or too large.
+    pub fn read(path: &Path, cache: Option<&KernelCache>) -> Result<Self, LoadError> {
+        let image = Image::open(path)?;
+        if image.length == 0 {
+            return Err(image.bad("an empty file, expected a bzImage or an ELF kernel"));
+        }
+        let head = image.bytes(0..image.length.min(bzimage::HEAD as u64))?;
+        let (form, vmlinux) = if head.starts_with(elf::MAGIC) {
+            let kernel = elf::Kernel::parse(&image).map_err(|why| image.bad(why))?;
+            (Form::Elf(kernel), Vmlinux::Given)
+        } else {
+            let setup = bzimage::parse(&head, image.length).map_err(|why| image.bad(why))?;
+            bz_image(&image, setup, cache)?
+        };
+        Ok(Self {
+            image,
+            form,
+            vmlinux,
+            cache: cache.cloned(),
+        })
+    }
+
+    /// Puts the kernel and what belongs to it into memory; returns how the bootstrap processor starts.
+    ///
+    /// # Errors
+    /// When it does not fit, or what belongs to it can't be had.
+    pub fn load(&self, memory: &GuestMemory, info: &BootInfo<'_>) -> Result<Entry, LoadError> {
+        match &self.form {
+            Form::Elf(kernel) => {
+                let loaded = self.load_elf(memory, kernel, info.map)?;
+                match kernel.pvh_entry {
+                    Some(entry) => pvh::enter(memory, entry, loaded.end, info),
+                    None => {
+                        let setup = boot_params::SetupHeader::for_elf();
+                        boot_params::enter_64(memory, &setup, loaded, info)
+                    }
+                }
+            }
+            Form::Unpacked(setup, kernel) => {
+                let loaded = self.load_elf(memory, kernel, info.map)?;
+                boot_params::enter_64(memory, setup, loaded, info)
+            }
+            Form::Packed(setup, code) => {
+                boot_params::enter_32(memory, &self.image.path, setup, code, info)
+            }
+        }
+    }
+
+    /// Puts a kernel that was decompressed into the cache, on a thread of its own. What can't be kept is decompressed
+    /// again the next time.
+    pub fn keep(self) {
+        let (Vmlinux::Unpacked(bytes, Some(digest)), Some(cache)) = (self.vmlinux, self.cache)
+        else {
+            return;
+        };
+        let _ = std::thread::Builder::new()
+            .name("kernel-cache".into())
+            .spawn(move || cache.keep(&digest, &bytes));
+    }
+
+    fn load_elf(
+        &self,
+        memory: &GuestMemory,
+        kernel: &elf::Kernel,
+        map: &MemoryMap,
+    ) -> Result<Loaded, LoadError> {
+        let image = &self.image;
+        let mut end = 0;
+        for segment in &kernel.segments {
+            let past = segment.address.saturating_add(segment.memory_size);
+            if past > map.low_end() {
+                return Err(LoadError::TooSmall {
+                    path: image.path.clone(),
+                    what: "the kernel",
+                    needed: past,
+                    available: map.low_end(),
+                });
+            }
+            if segment.address < LOWEST {
+                return Err(image.bad(format!(
+                    "a segment at {:#x}, expected all at {LOWEST:#x} or above",
+                    segment.address
+                )));
+            }
+            // What lies past the file's bytes is zero already: guest memory starts so.
+            let (at, range) = (segment.address, segment.file.clone());
+            let length = (range.end - range.start) as usize;
+            match &self.vmlinux {
+                Vmlinux::Unpacked(data, _) => {
+                    memory.load(at, &data[range.start as usize..range.end as usize])?;
+                }
+                Vmlinux::Cached(file) => memory.load_file(at, length, file, range.start)?,
+                // It may be built anew at any time, so what runs must be a copy.
+                Vmlinux::Given => memory.load(at, &image.bytes(range)?)?,
+            }
+            end = end.max(past);
+        }
+        Ok(Loaded {
+            entry: kernel.entry,
+            end,
+        })
+    }
+}
+
+/// Finds or decompresses what is in a bzImage.
+fn bz_image(
+    image: &Image,
+    setup: boot_params::SetupHeader,
+    cache: Option<&KernelCache>,
+) -> Result<(Form, Vmlinux), LoadError> {
+    let payload = bzimage::payload(&setup, image.length).map_err(|why| image.bad(why))?;
+    if let Some(range) = payload {
+        let length = range.end - range.start;
+        let digest = cache
+            .map(|_| cache::digest(&image.file, range.start, length))
+            .transpose()
+            .map_err(|e| image.failed(e))?;
+        if let Some(file) = digest.and_then(|digest| cache?.find(&digest)) {
+            let length = file.metadata().map_err(|e| image.failed(e))?.len();
+            let cached = Image {
+                path: image.path.clone(),
+                file,
+                length,
+            };
+            let kernel = elf::Kernel::parse(&cached).map_err(|why| image.bad(why))?;
+            return Ok((Form::Unpacked(setup, kernel), Vmlinux::Cached(cached.file)));
+        }
+        let packed = image.bytes(range)?;
+        if let Some(data) = bzimage::unpack(&packed).map_err(|why| image.bad(why))? {
+            let kernel = elf::Kernel::parse(&data[..]).map_err(|why| image.bad(why))?;
+            if kernel.is_64 {
+                return Ok((
+                    Form::Unpacked(setup, kernel),
+                    Vmlinux::Unpacked(data, digest),
+                ));
+            }
+        }
+    }
+    let code = image.bytes(bzimage::code_offset(&setup)..image.length)?;
+    Ok((Form::Packed(setup, code), Vmlinux::Given))
 }
 
 /// Where a kernel lies.
@@ -160,40 +336,6 @@ struct Loaded {
     entry: u64,
     /// Just past its last byte, zeroed memory included.
     end: u64,
-}
-
-fn load_elf(
-    memory: &GuestMemory,
-    image: &Image,
-    data: &[u8],
-    kernel: &elf::Kernel,
-    map: &MemoryMap,
-) -> Result<Loaded, LoadError> {
-    let mut end = 0;
-    for segment in &kernel.segments {
-        let past = segment.address.saturating_add(segment.memory_size);
-        if past > map.low_end() {
-            return Err(LoadError::TooSmall {
-                path: image.path.clone(),
-                what: "the kernel",
-                needed: past,
-                available: map.low_end(),
-            });
-        }
-        if segment.address < LOWEST {
-            return Err(image.bad(format!(
-                "a segment at {:#x}, expected all at {LOWEST:#x} or above",
-                segment.address
-            )));
-        }
-        // What lies past the file's bytes is zero already: guest memory starts so.
-        memory.load(segment.address, &data[segment.file.clone()])?;
-        end = end.max(past);
-    }
-    Ok(Loaded {
-        entry: kernel.entry,
-        end,
-    })
 }
 
 /// Below this address lie the boot parameters and firmware tables.
@@ -225,7 +367,7 @@ fn load_initrd(
         return Ok((0, 0));
     };
     let image = Image::open(path)?;
-    let size = image.data.len() as u64;
+    let size = image.length;
     let top = info.map.low_end().min(highest.saturating_add(1));
     let address = top.saturating_sub(size) & !0xfff;
     if size == 0 {
@@ -239,7 +381,7 @@ fn load_initrd(
             available: top.saturating_sub(lowest),
         });
     }
-    memory.load(address, &image.data)?;
+    memory.load(address, &image.bytes(0..size)?)?;
     Ok((address, size))
 }
 
