@@ -96,6 +96,9 @@ pub(crate) struct RunArguments {
     /// Writes to every disk go to temporary overlays that are gone afterwards
     #[arg(long)]
     snapshot: bool,
+    /// Say on standard error at the end what the vCPUs have done: instructions, MIPS, translation, exits
+    #[arg(long)]
+    stats: bool,
     /// Say on standard error when the guest's first instruction runs
     #[arg(long, hide = true)]
     announce_start: bool,
@@ -268,6 +271,7 @@ pub(crate) fn run(arguments: &RunArguments) -> ExitCode {
         paused: arguments.paused,
         kernel_cache: kernel_cache(),
         announce_start: arguments.announce_start,
+        statistics: arguments.stats,
     };
     match machine::run(&spec, &options) {
         Ok(Outcome::PoweredOff | Outcome::Quit) => ExitCode::SUCCESS,

@@ -18,6 +18,7 @@ mod nets;
 mod processor;
 mod run;
 mod signals;
+mod statistics;
 
 pub use error::MachineError;
 pub use run::{Outcome, RunOptions, run};

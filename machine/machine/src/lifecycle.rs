@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-use accel::{CpuIo, Exit, Vcpu, VcpuHandle};
+use accel::{CpuIo, Exit, Vcpu, VcpuHandle, VcpuStatistics};
 use device_model::{PowerControl, PowerEvent};
 use guest_clock::GuestClock;
 use parking_lot::{Condvar, Mutex};
@@ -128,6 +128,12 @@ impl Lifecycle {
             threads.push(thread?);
         }
         Ok(threads)
+    }
+
+    /// The counters of the vCPUs.
+    pub(crate) fn statistics(&self) -> Vec<VcpuStatistics> {
+        let handles = self.handles().iter();
+        handles.map(|handle| handle.statistics()).collect()
     }
 
     fn handles(&self) -> &[Arc<dyn VcpuHandle>] {

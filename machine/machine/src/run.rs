@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use accel::{Accel, CpuIo, Vcpu, VcpuConfig, VmConfig};
 use device_model::{PowerEvent, ResetKind};
@@ -23,6 +23,7 @@ use crate::loader::{BootInfo, Entry, KernelCache, LoadError, PreparedKernel};
 use crate::memory_map::MemoryMap;
 use crate::processor;
 use crate::signals;
+use crate::statistics;
 
 /// How a machine is run; nothing that the guest can see.
 #[derive(Debug, Clone, Default)]
@@ -37,6 +38,8 @@ pub struct RunOptions {
     pub kernel_cache: Option<PathBuf>,
     /// Say on standard error when the guest's first instruction runs.
     pub announce_start: bool,
+    /// Say on standard error at the end what the vCPUs have done.
+    pub statistics: bool,
 }
 
 /// How a machine ended.
@@ -292,12 +295,17 @@ impl Machine {
             self.lifecycle.run();
         }
         kernel.keep();
+        let started = Instant::now();
         let result = self.serve(qmp.as_ref());
         self.lifecycle.end();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
         self.board.drain(DRAIN);
+        if options.statistics {
+            let lines = statistics::report(&self.lifecycle.statistics(), started.elapsed());
+            lines.iter().for_each(|line| eprintln!("corten: {line}"));
+        }
         result
     }
 

@@ -215,6 +215,31 @@ pub struct VcpuStatistics {
     pub interrupts: u64,
     /// Time spent halted.
     pub halted: Duration,
+    /// Of the translation of code, where there is one.
+    pub translation: Option<TranslationStatistics>,
+}
+
+/// Counters of the translation of guest code to host code, for a vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TranslationStatistics {
+    /// Time spent translating.
+    pub translating: Duration,
+    /// Blocks translated.
+    pub blocks: u64,
+    /// Bytes of guest code in them.
+    pub guest_bytes: u64,
+    /// Bytes of host code that they became.
+    pub code_bytes: u64,
+    /// Blocks whose page was written to afterwards.
+    pub stale: u64,
+    /// Times that all blocks were thrown away.
+    pub flushes: u64,
+    /// Times that translated code was left because a jump had no target yet.
+    pub links: u64,
+    /// Times that it was left to deliver an exception.
+    pub faults: u64,
+    /// Times that it was left for events, unknown targets of indirect jumps and system instructions.
+    pub others: u64,
 }
 
 /// Completes single instructions on a vCPU's state. KVM hands instructions that it can't emulate to the software CPU by

@@ -112,6 +112,9 @@ impl Engine {
             .instructions
             .store(self.cpu.instructions, Ordering::Relaxed);
         shared.io_calls.store(self.cpu.io_calls, Ordering::Relaxed);
+        if let Some(translator) = &self.translator {
+            *shared.translation.lock() = Some(translator.statistics);
+        }
     }
 
     /// Forgets host addresses when the map of memory has changed.
@@ -222,6 +225,12 @@ impl Engine {
             translator.enter(&mut self.cpu, rip, code.far);
         }
         let why = translator.run(&mut self.cpu, code.near, self.cache.ops_at());
+        let counts = &mut translator.statistics;
+        match why & 0xff {
+            exit::FAULT => counts.faults += 1,
+            exit::LINK => counts.links += 1,
+            _ => counts.others += 1,
+        }
         match why & 0xff {
             exit::FAULT => self.deliver().map_continue(|()| std::ptr::null()),
             exit::LINK => ControlFlow::Continue(self.link_code(why >> 8)),

@@ -243,6 +243,7 @@ impl VcpuHandle for Handle {
             io_calls: self.0.io_calls.load(Ordering::Relaxed),
             interrupts: self.0.mailbox.interrupts(),
             halted: Duration::from_nanos(self.0.halted.load(Ordering::Relaxed)),
+            translation: *self.0.translation.lock(),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use accel::TranslationStatistics;
 use guest_clock::GuestClock;
 use guest_memory::GuestMemory;
 use parking_lot::{Mutex, RwLock};
@@ -24,6 +25,8 @@ pub(crate) struct VcpuShared {
     pub(crate) io_calls: AtomicU64,
     /// Nanoseconds halted.
     pub(crate) halted: AtomicU64,
+    /// Of translation, brought up to date as often.
+    pub(crate) translation: Mutex<Option<TranslationStatistics>>,
 }
 
 impl VcpuShared {
@@ -36,6 +39,7 @@ impl VcpuShared {
             instructions: AtomicU64::new(0),
             io_calls: AtomicU64::new(0),
             halted: AtomicU64::new(0),
+            translation: Mutex::new(None),
         }
     }
 }

@@ -35,7 +35,9 @@ mod stubs;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
+use accel::TranslationStatistics;
 use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
 
 pub(crate) use home::Home;
@@ -120,6 +122,8 @@ pub(crate) struct Translator {
     has_rorx: bool,
     /// Bytes of common code.
     common: usize,
+    /// What was done so far.
+    pub(crate) statistics: TranslationStatistics,
     /// [`guest_memory::code_writes`] when the pages were last looked at.
     seen_writes: u64,
 }
@@ -148,6 +152,7 @@ impl Translator {
             places: Vec::new(),
             has_rorx: stubs::has_rorx(),
             common,
+            statistics: TranslationStatistics::default(),
             seen_writes: guest_memory::code_writes(),
         })
     }
@@ -159,6 +164,7 @@ impl Translator {
 
     /// Forgets all code, because the blocks go.
     pub(crate) fn clear(&mut self) {
+        self.statistics.flushes += 1;
         self.memory.truncate(self.common);
         self.links.clear();
         self.jumps.clear();
@@ -249,6 +255,7 @@ impl Translator {
             return;
         }
         code.is_stale = true;
+        self.statistics.stale += 1;
         code.first = self.memory.bytes(code.near);
         self.memory.put_jump(code.near, code.stale);
         self.dead
@@ -313,6 +320,7 @@ impl Translator {
 
     /// Compiles a block, whose bytes these are. False: it can't be.
     pub(crate) fn compile(&mut self, block: *mut Block, bytes: &[u8], first_op: usize) -> bool {
+        let started = Instant::now();
         // SAFETY: a live block.
         let this = unsafe { &mut *block };
         let mut instructions = Vec::with_capacity(usize::from(this.count));
@@ -367,6 +375,9 @@ impl Translator {
                 place: base + at as u64,
                 target,
             }));
+        self.statistics.blocks += 1;
+        self.statistics.guest_bytes += bytes.len() as u64;
+        self.statistics.code_bytes += self.asm.len() as u64;
         let (near, stale) = entries;
         this.code = Code {
             near: base + near as u64,
@@ -385,6 +396,7 @@ impl Translator {
         {
             self.memory.put_jump(old, this.code.near);
         }
+        self.statistics.translating += started.elapsed();
         true
     }
 
