@@ -2,7 +2,8 @@
 
 use iced_x86::{Code, Mnemonic as M, OpKind};
 
-use super::code::{At, Cold, Compiler, Kept, Target, Via};
+use super::code::{At, Compiler, Kept, Via};
+use super::cold::{Cold, Target};
 use super::emit::{Asm, R14, R15, RBP, RCX, Reg, Rm, hot, mem, op, op64};
 use super::hot::at;
 use super::registers::{ADDRESS, Place, SCRATCH, STACK, place};

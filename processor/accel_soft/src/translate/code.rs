@@ -6,6 +6,7 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
+use super::cold::{Cold, Target};
 use super::emit::{Asm, Label, Opcode, R14, R15, RAX, RCX, Reg, Rm, cc, hot, mem, op, op64};
 use super::hot::at;
 use super::liveness::Successors;
@@ -38,60 +39,6 @@ pub(crate) enum Kept {
     InAx,
     /// In memory.
     InMemory,
-}
-
-/// What goes out of line.
-pub(crate) enum Cold {
-    /// The interpreter does the operation.
-    Slow {
-        from: Label,
-        back: Label,
-        op: u32,
-        kept: Kept,
-    },
-    /// A store has hit a watched page.
-    Watched {
-        from: Label,
-        kept: Kept,
-        next: Target,
-        /// Instructions of the block that are not executed then.
-        rest: i32,
-    },
-    /// The way to a place that may not be translated yet.
-    Link { from: Label, link: u32 },
-    /// The stack is in another page than the last time.
-    OtherStack {
-        from: Label,
-        back: Label,
-        slow: Label,
-        size: u32,
-    },
-    /// The x87 unit is not in the host's.
-    LoadX87 { from: Label, op: u32, back: Label },
-    /// An event at a jump to a place in the page.
-    Event {
-        from: Label,
-        target: i32,
-        /// RCX is in R15.
-        rcx_kept: bool,
-    },
-    /// There is no code for the target of a branch, which the interpreter does anew.
-    Missed {
-        from: Label,
-        op: u32,
-        /// What the branch has added to RSP.
-        stack: i32,
-        kept: Kept,
-    },
-}
-
-/// Where to go on.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Target {
-    /// A place relative to the page.
-    Page(i32),
-    /// An address that was kept.
-    Saved,
 }
 
 /// A jump that waits for its target to be translated.
@@ -395,98 +342,6 @@ impl Compiler<'_> {
     pub(crate) fn address_in_page(&mut self, target: i32) {
         self.asm.load(R14, hot(at::PAGE));
         self.asm.ins(self.wide(0x8d), R14, mem(R14, target));
-    }
-
-    /// Puts what goes out of line behind the block.
-    pub(crate) fn finish(&mut self) {
-        for cold in std::mem::take(&mut self.cold) {
-            match cold {
-                Cold::Slow {
-                    from,
-                    back,
-                    op,
-                    kept,
-                } => {
-                    self.asm.bind(from);
-                    self.restore_flags(kept);
-                    self.asm.mov_u32(R15, op);
-                    self.asm.call(self.stubs.run_op);
-                    self.asm.jmp_label(back);
-                }
-                Cold::Watched {
-                    from,
-                    kept,
-                    next,
-                    rest,
-                } => {
-                    self.asm.bind(from);
-                    if rest != 0 {
-                        self.count_instructions(-rest);
-                    }
-                    self.restore_flags(kept);
-                    match next {
-                        Target::Page(place) => self.address_in_page(place),
-                        Target::Saved => self.asm.load(R14, hot(at::SAVED_ENTRY)),
-                    }
-                    self.asm.store(hot(at::RIP), R14);
-                    self.asm.jmp(self.stubs.wrote);
-                }
-                Cold::Link { from, link } => {
-                    self.asm.bind(from);
-                    self.asm.mov_u32(R15, link);
-                    self.asm.jmp(self.stubs.link);
-                }
-                Cold::OtherStack {
-                    from,
-                    back,
-                    slow,
-                    size,
-                } => {
-                    self.asm.bind(from);
-                    self.asm.call(self.stubs.find_stack);
-                    self.asm.ins(op64(0x2b), R14, hot(at::STACK_TAG));
-                    self.asm.alu_i(7, R14, 4096 - size as i32);
-                    self.asm.jcc(cc::A, slow);
-                    self.asm.jmp_label(back);
-                }
-                Cold::LoadX87 { from, op, back } => {
-                    self.asm.bind(from);
-                    self.asm.mov(RCX, R14);
-                    self.asm.mov_u32(R15, op);
-                    self.asm.call(self.stubs.load_x87);
-                    self.asm.mov(R14, RCX);
-                    self.asm.jmp_label(back);
-                }
-                Cold::Event {
-                    from,
-                    target,
-                    rcx_kept,
-                } => {
-                    self.asm.bind(from);
-                    if rcx_kept {
-                        self.asm.mov(RCX, R15);
-                    }
-                    self.address_in_page(target);
-                    self.asm.store(hot(at::RIP), R14);
-                    self.asm.jmp(self.stubs.exit);
-                }
-                Cold::Missed {
-                    from,
-                    op,
-                    stack,
-                    kept,
-                } => {
-                    self.asm.bind(from);
-                    self.restore_flags(kept);
-                    if stack != 0 {
-                        let reg = super::registers::STACK;
-                        self.asm.ins(self.wide(0x8d), reg, mem(reg, -stack));
-                    }
-                    self.asm.mov_u32(R15, op);
-                    self.asm.jmp(self.stubs.run_last);
-                }
-            }
-        }
     }
 
     /// Bytes of the memory operand, when they are known and not too many.

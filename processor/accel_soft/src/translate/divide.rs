@@ -2,7 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
-use super::code::{At, Cold, Compiler, Kept};
+use super::code::{At, Compiler, Kept};
+use super::cold::Cold;
 use super::emit::{Opcode, R14, R15, RAX, RDX, Rm, cc, hot, mem, op, op64};
 use super::registers::{Place, place};
 

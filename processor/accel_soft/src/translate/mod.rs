@@ -2,7 +2,7 @@
 //!
 //! | Module | What |
 //! | --- | --- |
-//! | `code` | a compiler of blocks: memory operands, flags, what goes out of line |
+//! | `code`, `cold` | a compiler of blocks: memory operands, flags; what goes out of line |
 //! | `native` | instructions that are executed as they are |
 //! | `branch`, `divide` | branches and the stack; division |
 //! | `shape`, `encoding`, `flags`, `liveness` | what there is to know of an instruction |
@@ -17,6 +17,7 @@
 
 mod branch;
 mod code;
+mod cold;
 mod divide;
 mod emit;
 mod encoding;

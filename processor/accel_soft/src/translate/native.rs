@@ -2,7 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic as M};
 
-use super::code::{At, Cold, Compiler, Kept, Target, Via};
+use super::code::{At, Compiler, Kept, Via};
+use super::cold::{Cold, Target};
 use super::emit::{Opcode, R14, R15, Reg, Rm, hot, mem};
 use super::encoding::Encoding;
 use super::flags;
@@ -300,20 +301,26 @@ impl Compiler<'_> {
             if entry_kept {
                 self.asm.load(R15, hot(at::SAVED_ENTRY));
             }
-            let next = Target::Page(self.next_place(at));
-            let kept = match (restored, at.live_after) {
-                (false, _) => kept,
-                (true, true) => Kept::InAx,
-                (true, false) => Kept::Nowhere,
-            };
-            if restored {
-                self.keep_flags(kept);
-            }
-            self.look_at_watch(at, via, kept, next);
-            self.restore_flags(kept);
+            self.after_store(at, via, kept, restored);
         }
         self.asm.bind(back);
         true
+    }
+
+    /// What comes after an instruction that has written to memory. The flags are where they belong when `restored`, else where
+    /// they were kept.
+    fn after_store(&mut self, at: At, via: Via, kept: Kept, restored: bool) {
+        let kept = match (restored, at.live_after) {
+            (false, _) => kept,
+            (true, true) => Kept::InAx,
+            (true, false) => Kept::Nowhere,
+        };
+        if restored {
+            self.keep_flags(kept);
+        }
+        let next = Target::Page(self.next_place(at));
+        self.look_at_watch(at, via, kept, next);
+        self.restore_flags(kept);
     }
 }
 
