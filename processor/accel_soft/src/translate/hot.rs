@@ -24,8 +24,6 @@ pub(crate) struct Hot {
     pub(crate) spilled: [u64; 3],
     /// For values that outgrow the scratch registers.
     pub(crate) scratch: [u64; 4],
-    /// RFLAGS while translated code does not run: the status flags, and what the host's need.
-    pub(crate) rflags: u64,
 }
 
 /// Where a decoded operation is.
@@ -81,7 +79,6 @@ impl Hot {
             key: 0,
             page: 0,
             scratch: [0; 4],
-            rflags: 0,
         }
     }
 }
@@ -118,8 +115,8 @@ pub(crate) mod at {
     pub(crate) const SAVED_ENTRY: i32 = SAVED_REGISTER + 16;
     /// An address, while the stack's page is looked up.
     pub(crate) const SAVED_ENTRY_OF_STACK: i32 = SAVED_REGISTER + 24;
-    /// [`Hot::rflags`].
-    pub(crate) const RFLAGS: i32 = (HOT + offset_of!(Hot, rflags)) as i32;
+    /// [`Cpu::status`].
+    pub(crate) const STATUS: i32 = offset_of!(Cpu, status) as i32;
     /// [`Gate::host_rsp`].
     pub(crate) const HOST_RSP: i32 = (offset_of!(Cpu, gate) + offset_of!(Gate, host_rsp)) as i32;
     /// [`Gate::host_mxcsr`].

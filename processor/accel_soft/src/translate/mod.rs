@@ -44,7 +44,7 @@ use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
 pub(crate) use home::Home;
 use hot::OpPlace;
 pub(crate) use hot::{Gate, Hot};
-pub(crate) use runtime::{HOST_FLAGS, exit};
+pub(crate) use runtime::exit;
 
 use crate::block::{Block, decoder_options};
 use crate::cpu::{Cpu, Mode, Op};
@@ -186,14 +186,12 @@ impl Translator {
         cpu.gate.ops = ops;
         cpu.gate.places = self.places.as_ptr();
         cpu.hot.page = cpu.rip & !0xfff;
-        cpu.hot.rflags = cpu.status.to_rflags() | HOST_FLAGS;
         // SAFETY: the stub keeps to this convention; the code was compiled for the state's mode and is not stale.
         let why = unsafe {
             let enter: unsafe extern "sysv64" fn(*mut Cpu, u64) -> u32 =
                 std::mem::transmute(self.stubs.enter as usize);
             enter(cpu, near)
         };
-        cpu.status = crate::cpu::Status::from_rflags(cpu.hot.rflags);
         fpu::leave(cpu);
         why
     }

@@ -2,7 +2,7 @@
 
 use super::fpu;
 use super::hot::OpPlace;
-use crate::cpu::{BLOCK_RIP, Cpu, Ea, Exception, FLAT, Flow, Op, Status, ZERO, gpr};
+use crate::cpu::{BLOCK_RIP, Cpu, Ea, Exception, FLAT, Flow, Op, ZERO, gpr};
 
 /// Why translated code was left: the low byte of what it gives. A link's number stands above.
 pub(crate) mod exit {
@@ -13,10 +13,6 @@ pub(crate) mod exit {
     /// A direct jump leads to a place that is not linked yet.
     pub(crate) const LINK: u32 = 3;
 }
-
-/// What RFLAGS holds besides the status flags while translated code runs: the bit that is always set, and IF, which the host
-/// does not let go of.
-pub(crate) const HOST_FLAGS: u64 = 0x202;
 
 /// Ends a copied operation: the instruction is done and nothing has happened.
 fn stop(_: &mut Cpu, _: *const Op) -> Flow {
@@ -63,7 +59,6 @@ pub(crate) fn stop_before(cpu: &mut Cpu, index: u32) {
 pub(crate) unsafe extern "sysv64" fn run_op(cpu: *mut Cpu, index: u32) -> u32 {
     // SAFETY: the caller's promise.
     let cpu = unsafe { &mut *cpu };
-    cpu.status = Status::from_rflags(cpu.hot.rflags);
     let (at, place) = operation(cpu, index);
     let rest = u64::from(place.rest);
     let unit_live = cpu.x87_live && place.x87;
@@ -90,7 +85,6 @@ pub(crate) unsafe extern "sysv64" fn run_op(cpu: *mut Cpu, index: u32) -> u32 {
         },
     ];
     let flow = (alone[0].handler)(cpu, alone.as_ptr());
-    cpu.hot.rflags = cpu.status.to_rflags() | HOST_FLAGS;
     settle(cpu, &alone[0], flow, rest);
     let unit_back = !unit_live || fpu::enter(cpu);
     match flow {
@@ -118,7 +112,6 @@ fn goes_on(cpu: &mut Cpu) -> bool {
 pub(crate) unsafe extern "sysv64" fn run_last(cpu: *mut Cpu, index: u32) -> u32 {
     // SAFETY: the caller's promise.
     let cpu = unsafe { &mut *cpu };
-    cpu.status = Status::from_rflags(cpu.hot.rflags);
     let (op, place) = operation(cpu, index);
     let rest = u64::from(place.rest);
     if place.x87 {
@@ -126,7 +119,6 @@ pub(crate) unsafe extern "sysv64" fn run_last(cpu: *mut Cpu, index: u32) -> u32 
     }
     // SAFETY: a live operation; the one behind it ends its block.
     let flow = unsafe { ((*op).handler)(cpu, op) };
-    cpu.hot.rflags = cpu.status.to_rflags() | HOST_FLAGS;
     // SAFETY: as above.
     settle(cpu, unsafe { &*op }, flow, rest);
     if flow == Flow::Fault {

@@ -62,11 +62,16 @@ impl Builder<'_> {
 
     /// Puts all guest state into memory; R15 and the stack pointer are kept.
     fn save(&mut self, shift: i32) {
-        self.asm.u8(0x9c);
-        self.asm.u8(0x41);
-        self.asm.u8(0x58 + 6);
-        self.asm.store(hot(shift + at::RFLAGS), R14);
-        for n in 0..16 {
+        self.asm.store(hot(shift + at::REGS), RAX);
+        // LAHF, SETO AL: as the interpreter keeps them.
+        self.asm.u8(0x9f);
+        self.asm.bytes.extend_from_slice(&[0x0f, 0x90, 0xc0]);
+        let word = Opcode {
+            p66: true,
+            ..op(0x89)
+        };
+        self.asm.ins(word, RAX, hot(shift + at::STATUS));
+        for n in 1..16 {
             let to = hot(shift + at::REGS + 8 * i32::from(n));
             match place(n) {
                 Place::Host(reg) => self.asm.store(to, reg),
@@ -86,9 +91,9 @@ impl Builder<'_> {
     fn load(&mut self, shift: i32) {
         self.asm.ins(np(0xae), 2, hot(shift + at::MXCSR));
         self.vectors(shift, false);
-        // PUSH and POPF.
-        self.asm.ins(op(0xff), 6, hot(shift + at::RFLAGS));
-        self.asm.u8(0x9d);
+        self.asm.ins(np(0xb7), RAX, hot(shift + at::STATUS));
+        // ADD AL, 127; SAHF.
+        self.asm.bytes.extend_from_slice(&[0x04, 0x7f, 0x9e]);
         for n in 0..16 {
             let from = hot(shift + at::REGS + 8 * i32::from(n));
             match place(n) {
