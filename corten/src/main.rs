@@ -1,6 +1,7 @@
 //! The corten binary: argument parsing, progress, output; no logic.
 
 mod img;
+mod io;
 mod nbd;
 mod run;
 
@@ -31,6 +32,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Read, write and look at an image, for tests: the commands of qemu-io
+    #[command(disable_help_flag = true)]
+    Io {
+        /// Options, commands and the image's name
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Serve an image over the NBD protocol: the options of qemu-nbd
     #[command(disable_help_flag = true)]
     Nbd {
@@ -45,12 +53,14 @@ fn main() -> ExitCode {
     let program = arguments.next().unwrap_or_default();
     match program.rsplit('/').next() {
         Some("qemu-img") => return img::main(&arguments.collect::<Vec<_>>(), true),
+        Some("qemu-io") => return io::main(&arguments.collect::<Vec<_>>(), true),
         Some("qemu-nbd") => return nbd::main(&arguments.collect::<Vec<_>>(), true),
         _ => {}
     }
     match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Img { arguments } => img::main(&arguments, false),
+        Command::Io { arguments } => io::main(&arguments, false),
         Command::Nbd { arguments } => nbd::main(&arguments, false),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use image_formats::qcow2::{Autoclear, Compatible, Incompatible};
+use image_formats::qcow2::{Autoclear, Compatible, Incompatible, Qcow2};
 use image_formats::{Image, ImageOptions, local_path, open_image, resolve_name};
 use serde_json::{Map, Value, json};
 
@@ -103,9 +103,16 @@ async fn look(name: &str, options: &ImageOptions) -> Result<Layer, Failure> {
     })
 }
 
+/// A property: its names for people and in JSON, and its value.
+type Property = (&'static str, &'static str, Value);
+
+fn specific(layer: &Layer) -> Option<Vec<Property>> {
+    layer.image.qcow2.as_deref().map(qcow2_properties)
+}
+
 /// The properties of a qcow2 image in the order in which they are shown.
-fn specific(layer: &Layer) -> Option<Vec<(&'static str, &'static str, Value)>> {
-    let header = layer.image.qcow2.as_ref()?.header();
+pub(crate) fn qcow2_properties(qcow2: &Qcow2) -> Vec<Property> {
+    let header = qcow2.header();
     let compat = if header.version >= 3 { "1.1" } else { "0.10" };
     let mut list = vec![("compat", "compat", json!(compat))];
     list.push((
@@ -140,7 +147,16 @@ fn specific(layer: &Layer) -> Option<Vec<(&'static str, &'static str, Value)>> {
             json!(1 << header.refcount_order),
         ));
     }
-    Some(list)
+    list
+}
+
+/// Properties for people, a line for each.
+pub(crate) fn property_lines(list: &[Property]) -> String {
+    let line = |(name, _, value): &Property| match value {
+        Value::String(text) => format!("    {name}: {text}\n"),
+        other => format!("    {name}: {other}\n"),
+    };
+    list.iter().map(line).collect()
 }
 
 fn as_text(layer: &Layer) -> String {
@@ -187,10 +203,7 @@ fn as_text(layer: &Layer) -> String {
     }
     if let Some(list) = specific(layer) {
         lines.push("Format specific information:".to_owned());
-        lines.extend(list.iter().map(|(name, _, value)| match value {
-            Value::String(text) => format!("    {name}: {text}"),
-            other => format!("    {name}: {other}"),
-        }));
+        lines.push(property_lines(&list).trim_end().to_owned());
     }
     if let Some(d) = description.filter(|d| !d.specific.is_empty()) {
         lines.push("Format specific information:".to_owned());

@@ -10,13 +10,13 @@
 pub(crate) mod args;
 mod check;
 mod convert;
-mod create;
+pub(crate) mod create;
 mod formats;
-mod info;
+pub(crate) mod info;
 mod layers;
 mod map;
 pub(crate) mod output;
-mod sizes;
+pub(crate) mod sizes;
 mod snapshot;
 
 use std::process::ExitCode;

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use block::executor::spawn_local;
 use block::{CacheMode, ErrorKind, Extent, ExtentKind, ExtentQuery, IoBuf, Scope};
-use image_formats::ImageOptions;
 use image_formats::qcow2::Preallocation;
+use image_formats::{Image, ImageOptions};
 use serde_json::json;
 
 use super::args::{flag, key_values, size, value};
@@ -66,23 +66,32 @@ pub(crate) async fn resize(tool: Tool, rest: &[String]) -> Outcome {
         ));
     }
     disk.resize(new).await?;
-    if new > old && how != Preallocation::Off {
-        if let Some(qcow2) = &image.qcow2 {
-            let start = old.next_multiple_of(qcow2.cluster_size());
-            if start < new {
-                qcow2.preallocate(start, new, how).await?;
-            }
-        } else if image.format.is_some() {
-            return Err(Failure::plain(
-                "Preallocation can only be used with raw and qcow2 images",
-            ));
-        } else {
-            preallocate_raw(&*image.medium, old, new, how).await?;
-        }
+    if new > old {
+        preallocate(&image, old, new, how).await?;
     }
     disk.close().await?;
     if !parsed.has('q') {
         say("Image resized.");
+    }
+    Ok(())
+}
+
+/// Reserves or writes the space of an image that has grown.
+pub(crate) async fn preallocate(image: &Image, old: u64, new: u64, how: Preallocation) -> Outcome {
+    if how == Preallocation::Off {
+        return Ok(());
+    }
+    let Some(qcow2) = &image.qcow2 else {
+        if image.format.is_some() {
+            return Err(Failure::plain(
+                "Preallocation can only be used with raw and qcow2 images",
+            ));
+        }
+        return preallocate_raw(&*image.medium, old, new, how).await;
+    };
+    let start = old.next_multiple_of(qcow2.cluster_size());
+    if start < new {
+        qcow2.preallocate(start, new, how).await?;
     }
     Ok(())
 }

@@ -361,7 +361,7 @@ impl Disk {
         Ok(())
     }
 
-    fn check_range(&self, offset: u64, length: u64) -> Result<()> {
+    pub(crate) fn check_range(&self, offset: u64, length: u64) -> Result<()> {
         let size = self.size();
         if offset.checked_add(length).is_none_or(|end| end > size) {
             return Err(BlockError::new(

@@ -27,6 +27,7 @@
 mod backend;
 mod bitmap;
 mod buffer;
+mod bytes;
 mod disk;
 mod error;
 pub mod executor;
@@ -44,6 +45,7 @@ pub use backend::{
 };
 pub use bitmap::{BitmapRun, DirtyBitmap};
 pub use buffer::{BUFFER_ALIGNMENT, IoBuf, KeepAlive, Segment, bytes_are_zero};
+pub use bytes::ByteDisk;
 pub use disk::{CacheMode, DetectZeroes, Disk, DiskOptions, DiskStatistics};
 pub use error::{BlockError, ErrorKind, Result};
 pub use file::{FileOptions, HostFile};

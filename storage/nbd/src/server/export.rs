@@ -2,8 +2,9 @@
 
 use std::rc::Rc;
 
-use block::sync::RangeLocks;
-use block::{BitmapRun, DirtyBitmap, Disk, Extent, ExtentQuery, IoBuf, Result, Scope, ZeroFlags};
+use block::{
+    BitmapRun, ByteDisk, DirtyBitmap, Disk, Extent, ExtentQuery, IoBuf, Result, Scope, ZeroFlags,
+};
 
 use crate::protocol::{StateFlags, StatusDescriptor, TransmissionFlags};
 
@@ -14,13 +15,12 @@ pub struct Export {
     /// A description for people, if any.
     pub description: String,
     disk: Rc<Disk>,
+    bytes: ByteDisk,
     offset: u64,
     size: u64,
     shared: bool,
     allocation_depth: bool,
     bitmaps: Vec<Rc<DirtyBitmap>>,
-    /// Orders read-modify-write cycles and the writes that they overlap.
-    writing: RangeLocks,
 }
 
 /// The number of the context `base:allocation`.
@@ -46,13 +46,13 @@ impl Export {
         Ok(Self {
             name: name.to_owned(),
             description: String::new(),
+            bytes: ByteDisk::new(disk.clone()),
             disk,
             offset,
             size,
             shared,
             allocation_depth: false,
             bitmaps: Vec::new(),
-            writing: RangeLocks::default(),
         })
     }
 
@@ -121,46 +121,12 @@ impl Export {
             .is_some_and(|end| end <= self.size)
     }
 
-    fn block(&self) -> u64 {
-        u64::from(self.disk.limits().logical_block_size.max(1))
-    }
-
-    fn aligned(&self, offset: u64, length: u64) -> bool {
-        let block = self.block();
-        offset.is_multiple_of(block) && length.is_multiple_of(block)
-    }
-
     pub(super) async fn read(&self, offset: u64, buf: IoBuf) -> Result<()> {
-        let at = offset + self.offset;
-        if self.aligned(at, buf.len() as u64) {
-            return self.disk.read(at, buf).await;
-        }
-        let (start, bounce) = self.around(at, buf.len() as u64);
-        self.disk.read(start, bounce.clone()).await?;
-        let skip = usize::try_from(at - start).unwrap_or(0);
-        buf.copy_from(&bounce.slice(skip, buf.len()).to_vec());
-        Ok(())
-    }
-
-    /// The whole blocks around a range: where they begin, and room for them.
-    fn around(&self, at: u64, length: u64) -> (u64, IoBuf) {
-        let start = at - at % self.block();
-        let whole = (at + length).next_multiple_of(self.block()) - start;
-        (start, IoBuf::zeroed(usize::try_from(whole).unwrap_or(0)))
+        self.bytes.read(offset + self.offset, buf).await
     }
 
     pub(super) async fn write(&self, offset: u64, buf: IoBuf, through: bool) -> Result<()> {
-        let (at, length) = (offset + self.offset, buf.len() as u64);
-        if self.aligned(at, length) {
-            let _order = self.writing.share(at, length).await;
-            return self.disk.write(at, buf, through).await;
-        }
-        let (start, bounce) = self.around(at, length);
-        let _alone = self.writing.lock(start, bounce.len() as u64).await;
-        self.disk.read(start, bounce.clone()).await?;
-        let skip = usize::try_from(at - start).unwrap_or(0);
-        bounce.copy_from_at(skip, &buf.to_vec());
-        self.disk.write(start, bounce, through).await
+        self.bytes.write(offset + self.offset, buf, through).await
     }
 
     pub(super) async fn write_zeroes(
@@ -170,35 +136,13 @@ impl Export {
         flags: ZeroFlags,
         through: bool,
     ) -> Result<()> {
-        let block = self.block();
         let at = offset + self.offset;
-        let (start, end) = (at.next_multiple_of(block), (at + length) / block * block);
-        let zeroes = |length: u64| IoBuf::zeroed(usize::try_from(length).unwrap_or(0));
-        if start >= end {
-            return self.write(offset, zeroes(length), through).await;
-        }
-        if start > at {
-            self.write(offset, zeroes(start - at), through).await?;
-        }
-        if at + length > end {
-            let tail = zeroes(at + length - end);
-            self.write(end - self.offset, tail, through).await?;
-        }
-        let _order = self.writing.share(start, end - start).await;
-        self.disk
-            .write_zeroes(start, end - start, flags, through)
-            .await
+        self.bytes.write_zeroes(at, length, flags, through).await
     }
 
     /// Whole blocks inside the range lose their contents.
     pub(super) async fn trim(&self, offset: u64, length: u64, through: bool) -> Result<()> {
-        let block = self.block();
-        let at = offset + self.offset;
-        let (start, end) = (at.next_multiple_of(block), (at + length) / block * block);
-        if start < end {
-            let _order = self.writing.share(start, end - start).await;
-            self.disk.discard(start, end - start).await?;
-        }
+        self.bytes.discard(offset + self.offset, length).await?;
         if through {
             self.disk.flush().await?;
         }
