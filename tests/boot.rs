@@ -154,6 +154,58 @@ fn disks_keep_what_was_written_in_both_formats() {
 }
 
 #[test]
+fn a_microvm_has_its_devices_in_memory_space() {
+    const NAME: &str = "a_microvm_has_its_devices_in_memory_space";
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("a.raw");
+    std::fs::write(&disk, vec![b'x'; 1 << 20]).unwrap();
+    let port = serve("a page from the host ".repeat(500));
+    let script = format!(
+        "ls /sys/bus/pci/devices|wc -l;md5sum /dev/vda;grep -c virtio /proc/interrupts;ifconfig eth0 10.0.2.15 up;wget -q -O - http://10.0.2.2:{port}/|wc -c;head -c 8 /dev/hwrng|wc -c;dmesg -r|grep '^<[0-4]>'|sed s/^/WARNING:/"
+    );
+    let Some(mut run) = guest(NAME, &script) else {
+        return;
+    };
+    run.args([
+        "--machine",
+        "microvm",
+        "--cpus",
+        "2",
+        "--net",
+        "user",
+        "--rng",
+    ]);
+    let text = run_to_end(
+        run.arg("--disk")
+            .arg(format!("{},format=raw", disk.display())),
+    );
+    for wanted in [
+        "\n0\n",
+        "0a9156c4e3c48ef827980639c4d1e263  /dev/vda",
+        "\n10500\n",
+        "\n8\n",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?}: {text}");
+    }
+    // Linux says so of every machine without PCI that it was not built for alone.
+    let expected = "PCI: Fatal: No config space access function found";
+    let mut warnings = text.lines().filter(|l| l.starts_with("WARNING:"));
+    assert!(warnings.all(|line| line.contains(expected)), "{text}");
+}
+
+#[test]
+fn a_microvm_resets_by_its_reset_register() {
+    let Some(mut run) = guest("a_microvm_resets_by_its_reset_register", "reboot -f") else {
+        return;
+    };
+    run.args(["--machine", "microvm"]);
+    let output = run.stdin(std::process::Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("corten: the guest has reset\n"), "{said}");
+}
+
+#[test]
 fn qmp_stops_continues_and_quits() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("qmp");

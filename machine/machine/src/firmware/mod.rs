@@ -4,7 +4,7 @@ mod acpi;
 mod dsdt;
 mod smbios;
 
-pub use acpi::{AcpiConfig, write as write_acpi};
+pub use acpi::{AcpiConfig, Platform, Transport, write as write_acpi};
 pub use smbios::{SmbiosConfig, write as write_smbios};
 
 use std::ops::Range;
