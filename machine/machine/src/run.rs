@@ -16,7 +16,7 @@ use vm_spec::VmSpec;
 use crate::MachineError;
 use crate::board::{self, Base, Board, Peripherals};
 use crate::cpu_model::CpuModel;
-use crate::firmware::{AcpiConfig, SmbiosConfig, write_acpi, write_smbios};
+use crate::firmware::{AcpiConfig, SmbiosConfig, write_acpi, write_reset_vector, write_smbios};
 use crate::io::Buses;
 use crate::lifecycle::{Lifecycle, Request};
 use crate::loader::{BootInfo, Entry, KernelCache, LoadError, PreparedKernel};
@@ -253,6 +253,7 @@ impl Machine {
             memory: self.spec.memory.size,
         };
         write_smbios(&self.base.memory, &smbios)?;
+        write_reset_vector(&self.base.memory)?;
         self.board.set_up_for_kernel()?;
         let Some(given) = &self.spec.kernel else {
             return Ok(None);
