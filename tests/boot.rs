@@ -5,8 +5,9 @@ mod machine;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
+use std::process::Stdio;
 
-use machine::{Machine, guest, run_to_end};
+use machine::{Machine, guest, guest_with, run_to_end};
 
 #[test]
 fn boots_to_user_space_and_powers_off() {
@@ -154,6 +155,84 @@ fn disks_keep_what_was_written_in_both_formats() {
 }
 
 #[test]
+fn a_microvm_has_its_devices_in_memory_space() {
+    const NAME: &str = "a_microvm_has_its_devices_in_memory_space";
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("a.raw");
+    std::fs::write(&disk, vec![b'x'; 1 << 20]).unwrap();
+    let port = serve("a page from the host ".repeat(500));
+    let script = format!(
+        "ls /sys/bus/pci/devices|wc -l;md5sum /dev/vda;grep -c virtio /proc/interrupts;ifconfig eth0 10.0.2.15 up;wget -q -O - http://10.0.2.2:{port}/|wc -c;head -c 8 /dev/hwrng|wc -c;dmesg -r|grep '^<[0-4]>'|sed s/^/WARNING:/"
+    );
+    let Some(mut run) = guest(NAME, &script) else {
+        return;
+    };
+    run.args([
+        "--machine",
+        "microvm",
+        "--cpus",
+        "2",
+        "--net",
+        "user",
+        "--rng",
+    ]);
+    let text = run_to_end(
+        run.arg("--disk")
+            .arg(format!("{},format=raw", disk.display())),
+    );
+    for wanted in [
+        "\n0\n",
+        "b561f87202d04959e37588ee05cf5b10  /dev/vda",
+        "\n10500\n",
+        "\n8\n",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?}: {text}");
+    }
+    // Linux says so of every machine without PCI that it was not built for alone.
+    let expected = [
+        "PCI: Fatal: No config space access function found",
+        "PCI: System does not support PCI",
+    ];
+    let mut warnings = text.lines().filter(|l| l.starts_with("WARNING:"));
+    assert!(
+        warnings.all(|line| expected.iter().any(|e| line.contains(e))),
+        "{text}"
+    );
+}
+
+#[test]
+fn every_way_to_reset_ends_in_a_reset() {
+    for (machine, way) in [
+        ("microvm", "acpi"),
+        ("microvm", "bios"),
+        ("microvm", "triple"),
+        ("q35", "acpi"),
+        ("q35", "bios"),
+        ("q35", "kbd"),
+        ("q35", "pci"),
+    ] {
+        let way_argument = format!("reboot={way}");
+        let Some(mut run) = guest_with(
+            "every_way_to_reset_ends_in_a_reset",
+            "reboot -f",
+            &way_argument,
+        ) else {
+            return;
+        };
+        let mut machine_run =
+            Machine::start(run.args(["--machine", machine]).stderr(Stdio::piped()));
+        let said = machine_run.errors();
+        let (status, text) = machine_run.wait();
+        let said = said.join().unwrap();
+        assert!(status.success(), "{machine}, {way}: {said}");
+        assert!(
+            said.contains("corten: the guest has reset"),
+            "{machine}, {way}: {said} {text}"
+        );
+    }
+}
+
+#[test]
 fn qmp_stops_continues_and_quits() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("qmp");
@@ -202,7 +281,7 @@ fn a_panic_with_no_reboot_ends_with_a_line_that_says_so() {
     let Some(mut run) = guest("a_panic_with_no_reboot", script) else {
         return;
     };
-    let output = run.stdin(std::process::Stdio::null()).output().unwrap();
+    let output = run.stdin(Stdio::null()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");

@@ -19,6 +19,11 @@ pub(crate) fn corten() -> Option<Command> {
 
 /// A command that runs the test guest with a script as its work; `None`, with a line that says so, where there is no guest.
 pub(crate) fn guest(test: &str, script: &str) -> Option<Command> {
+    guest_with(test, script, "panic=-1")
+}
+
+/// The same with more arguments for the kernel.
+pub(crate) fn guest_with(test: &str, script: &str, arguments: &str) -> Option<Command> {
     let (kernel, initrd) = (
         std::env::var_os("CORTEN_TEST_KERNEL"),
         std::env::var_os("CORTEN_TEST_INITRD"),
@@ -39,7 +44,7 @@ pub(crate) fn guest(test: &str, script: &str) -> Option<Command> {
         "stdio",
     ]);
     run.arg("--append")
-        .arg(format!("console=ttyS0 panic=-1 run={script}"));
+        .arg(format!("console=ttyS0 {arguments} run={script}"));
     run.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
     Some(run)
 }
@@ -94,6 +99,16 @@ impl Machine {
             .write_all(text.as_bytes())
             .and_then(|()| input.flush())
             .expect("the guest reads");
+    }
+
+    /// All that it says on standard error until it ends, where that is a pipe.
+    pub(crate) fn errors(&mut self) -> std::thread::JoinHandle<String> {
+        let mut from = self.child.stderr.take().expect("a pipe");
+        std::thread::spawn(move || {
+            let mut text = String::new();
+            let _ = from.read_to_string(&mut text);
+            text
+        })
     }
 
     /// The process.

@@ -7,6 +7,7 @@ mod console;
 mod demo;
 mod guest;
 mod host;
+mod tally;
 mod test;
 
 use std::process::ExitCode;

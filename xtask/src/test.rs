@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use crate::host::{self, command};
+use crate::tally::Tally;
 use crate::{Result, guest};
 
 /// Options of the tests.
@@ -42,14 +43,35 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     // The whole-system tests run the binary that people run, and find their guest by these names.
     let corten = host::build_corten()?;
     let mut tests = command("cargo");
-    tests.args(["test", "--workspace", "--quiet", "--no-fail-fast"]);
+    tests.args([
+        "test",
+        "--workspace",
+        "--no-fail-fast",
+        "--",
+        "--show-output",
+    ]);
     tests.env("CORTEN", corten);
     tests
         .env("CORTEN_TEST_KERNEL", boot.kernel)
         .env("CORTEN_TEST_INITRD", boot.initrd);
-    host::run(&mut tests)?;
-    eprintln!("xtask: all tests passed in {} s", start.elapsed().as_secs());
-    Ok(())
+    let mut tally = Tally::new();
+    let result = tally.run(&mut tests);
+    eprintln!("xtask: {} s", start.elapsed().as_secs());
+    tally.report();
+    result?;
+    no_kvm_test_may_skip(&tally)
+}
+
+/// Where there is a KVM that can be used, its tests prove something only if they run.
+fn no_kvm_test_may_skip(tally: &Tally) -> Result<()> {
+    let kvm = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    match tally.skipped_for_kvm().next() {
+        Some(name) if kvm.is_ok() => Err(format!("{name}: skipped though there is /dev/kvm")),
+        _ => Ok(()),
+    }
 }
 
 fn lint() -> Result<()> {

@@ -6,6 +6,7 @@
 
 mod calendar;
 pub mod fw_cfg;
+pub mod ged;
 pub mod hpet;
 pub mod i8042;
 pub mod ioapic;
@@ -21,6 +22,7 @@ mod testing;
 pub mod wiring;
 
 pub use fw_cfg::FwCfg;
+pub use ged::GenericEvents;
 pub use hpet::{Hpet, HpetPins};
 pub use i8042::I8042;
 pub use ioapic::IoApic;

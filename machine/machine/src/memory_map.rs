@@ -1,7 +1,8 @@
 //! Where things lie in the guest-physical address space.
 //!
 //! RAM lies from zero up to `LOW_MAX` at most, and the rest of it from 4 GiB. Between them lie the PCI
-//! Express configuration space, the PCI window and the interrupt controllers, at the addresses that Q35's users know from QEMU.
+//! Express configuration space, the PCI window and the interrupt controllers, at the addresses that Q35's and microvm's users know
+//! from QEMU.
 
 use std::ops::Range;
 
@@ -15,6 +16,10 @@ pub const ECAM: Range<u64> = 0xb000_0000..0xc000_0000;
 pub const PCI_MEMORY: Range<u64> = 0xc000_0000..0xfc00_0000;
 /// I/O APIC.
 pub const IOAPIC: u64 = 0xfec0_0000;
+/// Virtio devices in memory space, on a board without PCI, one behind the other.
+pub const VIRTIO_MMIO: u64 = 0xfeb0_0000;
+/// Generic events and power registers, on a board without the PC's fixed hardware.
+pub const GENERIC_EVENTS: u64 = 0xfea0_0000;
 /// HPET.
 pub const HPET: u64 = 0xfed0_0000;
 /// Local APICs.
@@ -57,8 +62,9 @@ pub struct MemoryMap {
 }
 
 impl MemoryMap {
-    /// The map of a machine with `size` bytes of RAM, a whole number of pages.
-    pub fn new(size: u64) -> Self {
+    /// The map of a machine with `size` bytes of RAM, a whole number of pages, with a place for PCI Express configuration space
+    /// or without.
+    pub fn new(size: u64, ecam: bool) -> Self {
         let low = if size > ECAM.start { LOW_MAX } else { size };
         let high = size - low;
         let mut e820 = Vec::new();
@@ -76,7 +82,9 @@ impl MemoryMap {
         push(CONVENTIONAL_END..VIDEO, RegionKind::Reserved);
         push(TABLES, RegionKind::Reserved);
         push(TABLES.end..low, RegionKind::Ram);
-        push(ECAM, RegionKind::Reserved);
+        if ecam {
+            push(ECAM, RegionKind::Reserved);
+        }
         push(HIGH..HIGH + high, RegionKind::Ram);
         Self { low, high, e820 }
     }
@@ -133,7 +141,7 @@ mod tests {
     #[test]
     fn ram_keeps_out_of_the_hole() {
         for size in [16 << 20, ECAM.start, ECAM.start + 4096, 64 << 30] {
-            let map = MemoryMap::new(size);
+            let map = MemoryMap::new(size, true);
             let usable = map.e820().iter().filter(|e| e.kind == RegionKind::Ram);
             let lost = (VIDEO - CONVENTIONAL_END) + (TABLES.end - VIDEO);
             assert_eq!(usable.map(|e| e.size).sum::<u64>() + lost, size);

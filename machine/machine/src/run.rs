@@ -11,12 +11,12 @@ use device_model::{PowerEvent, ResetKind};
 use guest_clock::GuestClock;
 use guest_memory::{BackingOptions, GuestMemory};
 use qmp::{Control, Event, RunState, Server};
-use vm_spec::{MachineType, VmSpec};
+use vm_spec::VmSpec;
 
 use crate::MachineError;
-use crate::board::{Base, Peripherals, Q35};
+use crate::board::{self, Base, Board, Peripherals};
 use crate::cpu_model::CpuModel;
-use crate::firmware::{AcpiConfig, SmbiosConfig, write_acpi, write_smbios};
+use crate::firmware::{AcpiConfig, SmbiosConfig, write_acpi, write_reset_vector, write_smbios};
 use crate::io::Buses;
 use crate::lifecycle::{Lifecycle, Request};
 use crate::loader::{BootInfo, Entry, KernelCache, LoadError, PreparedKernel};
@@ -63,7 +63,7 @@ const DRAIN: Duration = Duration::from_secs(2);
 struct Machine {
     spec: VmSpec,
     base: Base,
-    board: Q35,
+    board: Box<dyn Board>,
     lifecycle: Arc<Lifecycle>,
     threads: Vec<JoinHandle<()>>,
     requests: Receiver<Request>,
@@ -162,16 +162,12 @@ fn tell_missing(spec: &VmSpec, model: &CpuModel) {
 
 impl Machine {
     fn build(spec: &VmSpec, cache: Option<KernelCache>) -> Result<Self, MachineError> {
-        if spec.machine == MachineType::Microvm {
-            let text = "--machine: microvm is not there yet, expected q35";
-            return Err(MachineError::Spec(text.into()));
-        }
         let accel = processor::choose(spec)?;
         let model = CpuModel::new(&spec.cpu, accel.supported_cpuid()?, spec.cpus)?;
         tell_missing(spec, &model);
         let clock = GuestClock::new();
         let memory = GuestMemory::new();
-        let map = MemoryMap::new(spec.memory.size);
+        let map = MemoryMap::new(spec.memory.size, board::has_pci(spec.machine));
         let backing = BackingOptions {
             shared: false,
             huge_pages: spec.memory.huge_pages,
@@ -193,10 +189,10 @@ impl Machine {
             power: lifecycle.clone(),
             map,
         };
-        let mut board = Q35::new(&base, spec.cpus)?;
+        let mut board = board::build(&base, spec)?;
         Peripherals {
             base: &base,
-            board: &mut board,
+            board: &mut *board,
             lifecycle: &lifecycle,
         }
         .add(spec)?;
@@ -213,8 +209,8 @@ impl Machine {
         };
         let vcpus = machine.vcpus(&*accel, &model)?;
         let io: Arc<dyn CpuIo> = Arc::new(Buses {
-            ports: machine.board.ports.clone(),
-            memory: machine.board.memory.clone(),
+            ports: machine.board.ports(),
+            memory: machine.board.memory(),
             controllers: machine.board.controllers(),
         });
         machine.threads = machine
@@ -247,9 +243,8 @@ impl Machine {
         let acpi = AcpiConfig {
             apic_ids: &apic_ids,
             ram: &self.base.map.ram(),
-            pci_memory_64: self.board.pci_memory_64(),
             serial_ports: &self.board.serial_ports(),
-            pvpanic: true,
+            platform: self.board.platform(),
         };
         let rsdp = write_acpi(&self.base.memory, &acpi)?;
         let smbios = SmbiosConfig {
@@ -258,6 +253,7 @@ impl Machine {
             memory: self.spec.memory.size,
         };
         write_smbios(&self.base.memory, &smbios)?;
+        write_reset_vector(&self.base.memory)?;
         self.board.set_up_for_kernel()?;
         let Some(given) = &self.spec.kernel else {
             return Ok(None);

@@ -27,7 +27,8 @@ pub(crate) enum Purpose<'a> {
 }
 
 /// Modules that a guest may need; what they depend on comes with them.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 8] = [
+    "kernel/drivers/virtio/virtio_mmio.ko",
     "kernel/drivers/virtio/virtio_pci.ko",
     "kernel/drivers/block/virtio_blk.ko",
     "kernel/drivers/net/virtio_net.ko",

@@ -134,6 +134,12 @@ impl Registers {
         self.queues.get(usize::from(self.queue_select))
     }
 
+    /// The greatest size of the selected queue, 0 when there is none.
+    pub(super) fn max_size(&self) -> u16 {
+        let size = self.max_sizes.get(usize::from(self.queue_select));
+        size.copied().unwrap_or(0)
+    }
+
     /// Reads common configuration.
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
         let mut image = [0u8; common::SIZE];

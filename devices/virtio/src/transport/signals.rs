@@ -9,7 +9,7 @@ use super::spec::{ISR_CONFIG, ISR_QUEUE, NO_VECTOR};
 use crate::device::DeviceEvents;
 use crate::queue::{QueueError, QueueEvents};
 
-/// How a PCI function interrupts.
+/// How a device's function interrupts: a PCI function by messages or a pin, a memory-mapped device by a pin.
 pub trait FunctionInterrupts: Send + Sync {
     /// True while MSI-X is enabled: then there are messages only.
     fn msix_enabled(&self) -> bool;
@@ -76,6 +76,21 @@ impl Signals {
             self.interrupts.set_level(true);
         }
         isr
+    }
+
+    /// ISR status, left as it is.
+    pub(super) fn isr(&self) -> u8 {
+        self.isr.load(Ordering::SeqCst)
+    }
+
+    /// The driver has seen these causes; the pin falls with the last one (section 4.2.2, `InterruptACK`).
+    pub(super) fn acknowledge(&self, causes: u8) {
+        self.isr.fetch_and(!causes, Ordering::SeqCst);
+        self.interrupts.set_level(false);
+        // One that is left, or was raised between the two lines above.
+        if self.isr.load(Ordering::SeqCst) != 0 {
+            self.interrupts.set_level(true);
+        }
     }
 
     /// The host has refused something that the device can't do without.

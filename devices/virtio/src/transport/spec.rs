@@ -1,4 +1,4 @@
-//! The PCI transport's numbers (section 4.1).
+//! The transports' numbers: PCI (section 4.1) and memory-mapped (section 4.2).
 
 /// The vendor ID of virtio devices (section 4.1.2).
 pub const VENDOR: u16 = 0x1af4;
@@ -69,4 +69,70 @@ pub mod common {
     pub const QUEUE_RESET: usize = 58;
     /// Bytes in all.
     pub const SIZE: usize = 64;
+}
+
+/// Memory-mapped registers (section 4.2.2, table 4.1).
+pub mod mmio {
+    /// Bytes of a device's registers, its configuration space included.
+    pub const SIZE: u64 = 0x200;
+    /// `MagicValue`.
+    pub const MAGIC_VALUE: u64 = 0x000;
+    /// What it reads: "virt".
+    pub const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+    /// `Version`.
+    pub const VERSION: u64 = 0x004;
+    /// What it reads: not the legacy interface.
+    pub const VERSION_MODERN: u32 = 2;
+    /// `DeviceID`: the device type.
+    pub const DEVICE_ID: u64 = 0x008;
+    /// `VendorID`.
+    pub const VENDOR_ID: u64 = 0x00c;
+    /// What it reads.
+    pub const VENDOR: u32 = super::VENDOR as u32;
+    /// `DeviceFeatures`.
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    /// `DeviceFeaturesSel`.
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
+    /// `DriverFeatures`.
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    /// `DriverFeaturesSel`.
+    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+    /// `QueueSel`.
+    pub const QUEUE_SEL: u64 = 0x030;
+    /// `QueueNumMax`.
+    pub const QUEUE_NUM_MAX: u64 = 0x034;
+    /// `QueueNum`.
+    pub const QUEUE_NUM: u64 = 0x038;
+    /// `QueueReady`.
+    pub const QUEUE_READY: u64 = 0x044;
+    /// `QueueNotify`.
+    pub const QUEUE_NOTIFY: u64 = 0x050;
+    /// `InterruptStatus`.
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    /// `InterruptACK`.
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    /// `Status`.
+    pub const STATUS: u64 = 0x070;
+    /// `QueueDescLow`.
+    pub const QUEUE_DESC_LOW: u64 = 0x080;
+    /// `QueueDescHigh`.
+    pub const QUEUE_DESC_HIGH: u64 = 0x084;
+    /// `QueueDriverLow`.
+    pub const QUEUE_DRIVER_LOW: u64 = 0x090;
+    /// `QueueDriverHigh`.
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    /// `QueueDeviceLow`.
+    pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    /// `QueueDeviceHigh`.
+    pub const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    /// `SHMLenLow`, the first of the shared memory region's registers.
+    pub const SHM_LEN_LOW: u64 = 0x0b0;
+    /// `SHMBaseHigh`, the last of them.
+    pub const SHM_BASE_HIGH: u64 = 0x0bc;
+    /// `QueueReset`.
+    pub const QUEUE_RESET: u64 = 0x0c0;
+    /// `ConfigGeneration`.
+    pub const CONFIG_GENERATION: u64 = 0x0fc;
+    /// `Config`: the device's own configuration space.
+    pub const CONFIG: u64 = 0x100;
 }

@@ -1,27 +1,22 @@
-//! Devices that the specification adds to a board: virtio over PCI.
+//! Devices that the specification adds to a board.
 
 use std::error::Error;
 use std::sync::Arc;
 
-use device_model::Doorbells;
-use pci::{ExpressType, PciDevice};
 use virtio::balloon::{Balloon, BalloonOptions};
 use virtio::console::{Console, ConsoleOptions};
-use virtio::device::VirtioDevice;
 use virtio::rng::Rng;
-use virtio::transport::{PciWiring, VirtioPci};
 use virtio::vsock::Vsock;
 use vm_spec::{BalloonSpec, VmSpec};
 
-use super::{Base, Q35};
-use crate::io::Processor;
+use super::{Base, Board};
 use crate::lifecycle::Lifecycle;
 use crate::{MachineError, chars, disks, nets};
 
 /// Adds what the specification asks for.
 pub(crate) struct Peripherals<'a> {
     pub(crate) base: &'a Base,
-    pub(crate) board: &'a mut Q35,
+    pub(crate) board: &'a mut dyn Board,
     pub(crate) lifecycle: &'a Arc<Lifecycle>,
 }
 
@@ -34,11 +29,11 @@ impl Peripherals<'_> {
         }
         for (number, disk) in spec.disks.iter().enumerate() {
             let device = disks::virtio_disk(disk, number, spec.cpus)?;
-            self.plug(format!("disk{number}"), device)?;
+            self.board.plug(format!("disk{number}"), device)?;
         }
         for (number, net) in spec.nets.iter().enumerate() {
             let device = nets::virtio_card(net, number)?;
-            self.plug(format!("net{number}"), device)?;
+            self.board.plug(format!("net{number}"), device)?;
         }
         for (number, console) in spec.consoles.iter().enumerate() {
             let backend = chars::open("--console", console, self.lifecycle)?;
@@ -48,21 +43,22 @@ impl Peripherals<'_> {
             };
             let (device, _handle) =
                 Console::new(options).map_err(|e| MachineError::Spec(format!("--console: {e}")))?;
-            self.plug(format!("console{number}"), Box::new(device))?;
+            self.board
+                .plug(format!("console{number}"), Box::new(device))?;
         }
         if let Some(balloon) = &spec.balloon {
             self.add_balloon(balloon)?;
         }
         if spec.rng {
             let device = Rng::new(None).map_err(|e| MachineError::host("--rng", e))?;
-            self.plug("rng".into(), Box::new(device))?;
+            self.board.plug("rng".into(), Box::new(device))?;
         }
         if let Some(vsock) = &spec.vsock {
             let device = Vsock::new(vsock.cid, &vsock.path).map_err(|error| {
                 let cause = error.source().map(|cause| format!(": {cause}"));
                 MachineError::Spec(format!("--vsock: {error}{}", cause.unwrap_or_default()))
             })?;
-            self.plug("vsock".into(), Box::new(device))?;
+            self.board.plug("vsock".into(), Box::new(device))?;
         }
         Ok(())
     }
@@ -74,18 +70,6 @@ impl Peripherals<'_> {
         };
         let (device, _handle) = Balloon::new(options, &self.base.clock)
             .map_err(|e| MachineError::host("--balloon", e))?;
-        self.plug("balloon".into(), Box::new(device))
-    }
-
-    fn plug(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
-        let doorbells: Arc<dyn Doorbells> = Arc::new(Processor(self.base.vm.clone()));
-        let wiring = PciWiring {
-            memory: self.base.memory.clone(),
-            doorbells: Some(doorbells),
-            express: Some(ExpressType::RootIntegratedEndpoint),
-            withheld: 0,
-        };
-        let function = VirtioPci::new(name, device, wiring)?;
-        self.board.plug(function as Arc<dyn PciDevice>)
+        self.board.plug("balloon".into(), Box::new(device))
     }
 }

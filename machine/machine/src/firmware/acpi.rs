@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use guest_memory::{GuestMemory, MemoryError};
 
+use chipset::ged::spec as ged;
+
 use super::{ACPI_AREA, checksum, dsdt};
-use crate::memory_map::{ECAM, HPET, IOAPIC, LAPIC};
+use crate::memory_map::{ECAM, GENERIC_EVENTS, HPET, IOAPIC, LAPIC};
 
 /// I/O ports and interrupts of the power management block, at QEMU's addresses for ICH9.
 pub(super) const PM_BASE: u16 = 0x600;
@@ -24,6 +26,7 @@ const PROC_C1: u32 = 1 << 2;
 const SLP_BUTTON: u32 = 1 << 5;
 const RTC_S4: u32 = 1 << 7;
 const RESET_REG_SUP: u32 = 1 << 10;
+const HW_REDUCED_ACPI: u32 = 1 << 20;
 /// FADT IA-PC boot architecture flags (table 5.11).
 const LEGACY_DEVICES: u16 = 1 << 0;
 const HAS_8042: u16 = 1 << 1;
@@ -39,12 +42,33 @@ pub struct AcpiConfig<'a> {
     pub apic_ids: &'a [u32],
     /// Stretches of RAM.
     pub ram: &'a [Range<u64>],
-    /// Window for 64-bit PCI memory above RAM.
-    pub pci_memory_64: Range<u64>,
     /// Numbers of the serial ports that there are: 1 to 4.
     pub serial_ports: &'a [u8],
-    /// The machine has a panic event device.
-    pub pvpanic: bool,
+    /// What else there is.
+    pub platform: Platform,
+}
+
+/// What tells boards from one another.
+pub enum Platform {
+    /// Q35: PCI Express and the PC's fixed hardware.
+    Q35 {
+        /// Window for 64-bit PCI memory above RAM.
+        pci_memory_64: Range<u64>,
+    },
+    /// `microvm`: hardware-reduced ACPI, devices in memory space.
+    Microvm {
+        /// The virtio devices.
+        transports: Vec<Transport>,
+    },
+}
+
+/// A virtio device in memory space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transport {
+    /// Its first register.
+    pub address: u64,
+    /// Its global interrupt, a level that others may share.
+    pub gsi: u32,
 }
 
 /// A table under construction.
@@ -127,10 +151,16 @@ pub fn write(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<u64, Memor
         memory,
         next: root + 64,
     };
-    let facs = area.place(&facs())?;
     let dsdt = area.place(&dsdt_table(config))?;
+    let described = match config.platform {
+        Platform::Q35 { .. } => {
+            let facs = area.place(&facs())?;
+            vec![fadt(facs, dsdt), madt(config), mcfg(), hpet(), srat(config)]
+        }
+        Platform::Microvm { .. } => vec![reduced_fadt(dsdt), madt(config), srat(config)],
+    };
     let mut tables = Vec::new();
-    for table in [fadt(facs, dsdt), madt(config), mcfg(), hpet(), srat(config)] {
+    for table in described {
         tables.push(area.place(&table)?);
     }
     let mut xsdt = Table::new(b"XSDT", 1);
@@ -221,6 +251,27 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     t.finish()
 }
 
+/// The same for hardware-reduced ACPI (section 3.11.1): what belongs to fixed hardware is zero.
+fn reduced_fadt(dsdt: u64) -> Vec<u8> {
+    let mut t = Table::new(b"FACP", 6);
+    t.u32(0).u32(dsdt as u32).u8(0).u8(0);
+    // From the SCI's number to the century's index.
+    t.0.resize(109, 0);
+    t.u16(LEGACY_DEVICES).u8(0);
+    t.u32(WBINVD | PROC_C1 | RESET_REG_SUP | HW_REDUCED_ACPI);
+    t.address(SPACE_MEMORY, 8, 1, GENERIC_EVENTS + ged::RESET)
+        .u8(ged::RESET_VALUE)
+        .u16(0)
+        .u8(5);
+    t.u64(0).u64(dsdt);
+    // The extended addresses of fixed hardware.
+    t.0.resize(244, 0);
+    t.address(SPACE_MEMORY, 8, 1, GENERIC_EVENTS + ged::SLEEP_CONTROL)
+        .address(SPACE_MEMORY, 8, 1, GENERIC_EVENTS + ged::SLEEP_STATUS);
+    t.u64(0); // hypervisor vendor
+    t.finish()
+}
+
 /// Multiple APIC description table (section 5.2.12).
 fn madt(config: &AcpiConfig<'_>) -> Vec<u8> {
     let mut t = Table::new(b"APIC", 5);
@@ -235,12 +286,14 @@ fn madt(config: &AcpiConfig<'_>) -> Vec<u8> {
     t.u8(1).u8(12).u8(0).u8(0).u32(IOAPIC as u32).u32(0);
     // Source overrides: the timer's pin, and interrupts that are levels.
     t.u8(2).u8(10).u8(0).u8(0).u32(2).u16(0);
-    t.u8(2)
-        .u8(10)
-        .u8(0)
-        .u8(SCI)
-        .u32(u32::from(SCI))
-        .u16(HIGH_LEVEL);
+    if matches!(config.platform, Platform::Q35 { .. }) {
+        t.u8(2)
+            .u8(10)
+            .u8(0)
+            .u8(SCI)
+            .u32(u32::from(SCI))
+            .u16(HIGH_LEVEL);
+    }
     // LINT1 of every processor takes NMIs.
     t.u8(4).u8(6).u8(0xff).u16(0).u8(1);
     if config.apic_ids.iter().any(|id| *id >= 255) {
@@ -311,7 +364,23 @@ mod tests {
 
     use super::*;
 
-    fn tables(apic_ids: &[u32]) -> Vec<u8> {
+    fn q35() -> Platform {
+        Platform::Q35 {
+            pci_memory_64: 1 << 40..2 << 40,
+        }
+    }
+
+    fn microvm() -> Platform {
+        let transport = |n: u32| Transport {
+            address: 0xfeb0_0000 + 0x200 * u64::from(n),
+            gsi: 16 + n % 8,
+        };
+        Platform::Microvm {
+            transports: (0..12).map(transport).collect(),
+        }
+    }
+
+    fn tables(apic_ids: &[u32], platform: Platform) -> Vec<u8> {
         let memory = GuestMemory::new();
         memory
             .add_ram(0, 1 << 20, BackingOptions::default())
@@ -319,9 +388,8 @@ mod tests {
         let config = AcpiConfig {
             apic_ids,
             ram: &[0..0xa_0000, 0x10_0000..0x8000_0000],
-            pci_memory_64: 1 << 40..2 << 40,
             serial_ports: &[1, 2],
-            pvpanic: true,
+            platform,
         };
         assert_eq!(write(&memory, &config).unwrap(), ACPI_AREA.start);
         let mut bytes = vec![0; (ACPI_AREA.end - ACPI_AREA.start) as usize];
@@ -337,9 +405,15 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_and_sums_to_zero() {
-        for cpus in [1, 4, 300] {
+        let on_q35: &[&str] = &["FACP", "APIC", "MCFG", "HPET", "SRAT"];
+        let on_microvm: &[&str] = &["FACP", "APIC", "SRAT"];
+        for (cpus, platform, wanted) in [
+            (1, q35(), on_q35),
+            (4, microvm(), on_microvm),
+            (300, q35(), on_q35),
+        ] {
             let ids: Vec<u32> = (0..cpus).collect();
-            let bytes = tables(&ids);
+            let bytes = tables(&ids, platform);
             assert_eq!(checksum(&bytes[..20]), 0);
             assert_eq!(checksum(&bytes[..36]), 0);
             let xsdt = at(
@@ -353,14 +427,20 @@ mod tests {
                 assert_eq!(checksum(table), 0);
                 seen.push(String::from_utf8_lossy(&table[..4]).into_owned());
             }
-            assert_eq!(seen, ["FACP", "APIC", "MCFG", "HPET", "SRAT"]);
+            assert_eq!(seen, wanted);
         }
     }
 
     /// The peer is the ACPI Component Architecture's own disassembler and compiler, where it is installed.
     #[test]
-    fn iasl_reads_the_dsdt_and_compiles_it_again() {
-        let bytes = tables(&[0, 1]);
+    fn iasl_reads_the_dsdts_and_compiles_them_again() {
+        for platform in [q35(), microvm()] {
+            iasl_agrees(platform);
+        }
+    }
+
+    fn iasl_agrees(platform: Platform) {
+        let bytes = tables(&[0, 1], platform);
         let xsdt = at(
             &bytes,
             u64::from_le_bytes(bytes[24..32].try_into().unwrap()),

@@ -5,12 +5,14 @@ use std::ops::Range;
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
-    IO, If, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package,
+    Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
+    Memory32Fixed, Method, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Package,
     PackageBuilder, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
+use chipset::ged::spec as ged;
 
-use super::acpi::{AcpiConfig, PM_BASE};
-use crate::memory_map::{ECAM, HPET, PCI_MEMORY};
+use super::acpi::{AcpiConfig, PM_BASE, Platform, SCI, Transport};
+use crate::memory_map::{ECAM, GENERIC_EVENTS, HPET, PCI_MEMORY};
 
 /// First global interrupt of the eight that PCI pins lead to.
 const PCI_GSI: u32 = 16;
@@ -30,16 +32,113 @@ fn pci_gsi(slot: u8, pin: u8) -> u32 {
 /// The body of the DSDT.
 pub(super) fn build(config: &AcpiConfig<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let soft_off = chipset::pm::SLEEP_TYPE_S5;
-    Name::new(
-        "_S5_".into(),
-        &Package::new(vec![&soft_off, &soft_off, &ZERO, &ZERO]),
-    )
-    .to_aml_bytes(&mut bytes);
-    system_devices(&mut bytes);
-    pci_host(config, &mut bytes);
-    isa_devices(config, &mut bytes);
+    match &config.platform {
+        Platform::Q35 { pci_memory_64 } => {
+            soft_off(chipset::pm::SLEEP_TYPE_S5, &mut bytes);
+            system_devices(&mut bytes);
+            pci_host(pci_memory_64, &mut bytes);
+            let mut isa = Vec::new();
+            isa_devices(config.serial_ports, &mut isa);
+            keyboard(&mut isa);
+            Scope::new(
+                "_SB_.PCI0".into(),
+                vec![&Device::new(
+                    "ISA_".into(),
+                    vec![&Name::new("_ADR".into(), &0x1f_0000u32), &Raw(isa)],
+                )],
+            )
+            .to_aml_bytes(&mut bytes);
+        }
+        Platform::Microvm { transports } => {
+            soft_off(ged::SLEEP_TYPE_S5, &mut bytes);
+            let mut devices = Vec::new();
+            isa_devices(config.serial_ports, &mut devices);
+            power_button(&mut devices);
+            for (number, transport) in transports.iter().enumerate() {
+                virtio_device(number, *transport, &mut devices);
+            }
+            Scope::new("_SB_".into(), vec![&Raw(devices)]).to_aml_bytes(&mut bytes);
+        }
+    }
     bytes
+}
+
+/// The sleep type that is soft-off (ACPI 6.5, section 7.4.2.6).
+fn soft_off(kind: u8, bytes: &mut Vec<u8>) {
+    let values = Package::new(vec![&kind, &kind, &ZERO, &ZERO]);
+    Name::new("_S5_".into(), &values).to_aml_bytes(bytes);
+}
+
+/// A button whose presses the generic event device's interrupt tells (ACPI 6.5, sections 4.8.3.2.2 and 5.6.9).
+fn power_button(bytes: &mut Vec<u8>) {
+    let (region, base, size): (Path, _, _) =
+        ("EREG".into(), GENERIC_EVENTS as u32, ged::SIZE as u8);
+    Device::new(
+        "PWRB".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C0C")),
+            &Name::new("_UID".into(), &ZERO),
+        ],
+    )
+    .to_aml_bytes(bytes);
+    Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Interrupt::new(
+                    true,
+                    false,
+                    false,
+                    false,
+                    u32::from(SCI),
+                )]),
+            ),
+            &OpRegion::new(region, OpRegionSpace::SystemMemory, &base, &size),
+            &Field::new(
+                "EREG".into(),
+                FieldAccessType::DWord,
+                FieldLockRule::NoLock,
+                FieldUpdateRule::WriteAsZeroes,
+                vec![FieldEntry::Named(*b"ESEL", 32)],
+            ),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![
+                    &Store::new(&Local(0), &Path::new("ESEL")),
+                    &And::new(&Local(0), &Local(0), &ged::EVENT_POWER_BUTTON),
+                    &If::new(
+                        &Equal::new(&Local(0), &ged::EVENT_POWER_BUTTON),
+                        vec![&Notify::new(&Path::new("PWRB"), &0x80u8)],
+                    ),
+                ],
+            ),
+        ],
+    )
+    .to_aml_bytes(bytes);
+}
+
+/// A virtio device in memory space, by the identity that its drivers look for.
+fn virtio_device(number: usize, transport: Transport, bytes: &mut Vec<u8>) {
+    let size = virtio::transport::spec::mmio::SIZE as u32;
+    let registers = Memory32Fixed::new(true, transport.address as u32, size);
+    let interrupt = Interrupt::new(true, false, false, true, transport.gsi);
+    let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+    let name = format!("VR{number:02}");
+    Device::new(
+        name.as_str().into(),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &(number as u8)),
+            &Name::new("_CCA".into(), &ONE),
+            &Name::new("_CRS".into(), &resources),
+        ],
+    )
+    .to_aml_bytes(bytes);
 }
 
 /// Resources that belong to no other device: they keep the operating system from giving them away.
@@ -156,7 +255,7 @@ fn pci_windows(high: &Range<u64>) -> Raw {
     Raw(bytes)
 }
 
-fn pci_host(config: &AcpiConfig<'_>, bytes: &mut Vec<u8>) {
+fn pci_host(memory_64: &Range<u64>, bytes: &mut Vec<u8>) {
     let mut method = Vec::new();
     osc(&mut method);
     Scope::new(
@@ -169,7 +268,7 @@ fn pci_host(config: &AcpiConfig<'_>, bytes: &mut Vec<u8>) {
                 &Name::new("_UID".into(), &ZERO),
                 &Name::new("_SEG".into(), &ZERO),
                 &Name::new("_BBN".into(), &ZERO),
-                &Name::new("_CRS".into(), &pci_windows(&config.pci_memory_64)),
+                &Name::new("_CRS".into(), &pci_windows(memory_64)),
                 &Name::new("_PRT".into(), &interrupt_routing()),
                 &Raw(method),
             ],
@@ -196,26 +295,34 @@ fn isa_device(name: &str, hid: &str, uid: u8, resources: Vec<&dyn Aml>, bytes: &
     .to_aml_bytes(bytes);
 }
 
-fn isa_devices(config: &AcpiConfig<'_>, bytes: &mut Vec<u8>) {
-    let mut isa = Vec::new();
-    let io = |port: u16, len: u8| IO::new(port, port, 0, len);
-    isa_device(
-        "RTC_",
-        "PNP0B00",
-        0,
-        vec![&io(0x70, 8), &isa_interrupt(8)],
-        &mut isa,
-    );
+/// A stretch of ports that can't be moved.
+fn io(port: u16, len: u8) -> IO {
+    IO::new(port, port, 0, len)
+}
+
+/// The keyboard controller's two devices.
+fn keyboard(bytes: &mut Vec<u8>) {
     isa_device(
         "KBD_",
         "PNP0303",
         0,
         vec![&io(0x60, 1), &io(0x64, 1), &isa_interrupt(1)],
-        &mut isa,
+        bytes,
     );
     // Without it Linux takes the controller's second port for disabled, and warns.
-    isa_device("MOU_", "PNP0F13", 0, vec![&isa_interrupt(12)], &mut isa);
-    for &number in config.serial_ports {
+    isa_device("MOU_", "PNP0F13", 0, vec![&isa_interrupt(12)], bytes);
+}
+
+/// The clock, the serial ports and the panic device.
+fn isa_devices(serial_ports: &[u8], bytes: &mut Vec<u8>) {
+    isa_device(
+        "RTC_",
+        "PNP0B00",
+        0,
+        vec![&io(0x70, 8), &isa_interrupt(8)],
+        bytes,
+    );
+    for &number in serial_ports {
         let Some((port, irq)) = COM_PORTS.get(usize::from(number).wrapping_sub(1)) else {
             continue;
         };
@@ -225,26 +332,16 @@ fn isa_devices(config: &AcpiConfig<'_>, bytes: &mut Vec<u8>) {
             "PNP0501",
             number,
             vec![&io(*port, 8), &isa_interrupt(*irq)],
-            &mut isa,
+            bytes,
         );
     }
-    if config.pvpanic {
-        Device::new(
-            "PEVT".into(),
-            vec![
-                &Name::new("_HID".into(), &"QEMU0001"),
-                &Name::new("_STA".into(), &0xfu8),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&io(0x505, 1)])),
-            ],
-        )
-        .to_aml_bytes(&mut isa);
-    }
-    Scope::new(
-        "_SB_.PCI0".into(),
-        vec![&Device::new(
-            "ISA_".into(),
-            vec![&Name::new("_ADR".into(), &0x1f_0000u32), &Raw(isa)],
-        )],
+    Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_STA".into(), &0xfu8),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&io(0x505, 1)])),
+        ],
     )
     .to_aml_bytes(bytes);
 }
