@@ -165,7 +165,7 @@ fn oracle_version() -> Option<u32> {
 fn every_verb_answers_as_qemu_img_does() {
     let same_words = oracle_version().is_some_and(|version| version >= ORACLE);
     if !same_words {
-        eprintln!("SKIPPED: the words of qemu-img: it is older than {ORACLE}, or not installed");
+        eprintln!("skipped: the words of qemu-img: it is older than {ORACLE}, or not installed");
     }
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let (ours, theirs) = (
@@ -181,7 +181,7 @@ fn every_verb_answers_as_qemu_img_does() {
         let (code, text) = run(&link, ours.path(), arguments).unwrap();
         let Some((their_code, their_text)) = run(Path::new("qemu-img"), theirs.path(), arguments)
         else {
-            eprintln!("SKIPPED: qemu-img is not installed");
+            eprintln!("skipped: qemu-img is not installed");
             return;
         };
         assert_eq!(code, their_code, "exit code of {arguments:?}: {text}");

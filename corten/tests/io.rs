@@ -198,14 +198,14 @@ fn link(directory: &Path) -> std::path::PathBuf {
 fn every_command_answers_as_qemu_io_does() {
     let (ours, theirs) = (folder(), folder());
     if !prepare(ours.path()) || !prepare(theirs.path()) {
-        eprintln!("SKIPPED: qemu-img is not installed");
+        eprintln!("skipped: qemu-img is not installed");
         return;
     }
     let link = link(ours.path());
     for commands in RUNS {
         let got = run(&link, ours.path(), commands).unwrap();
         let Some(expected) = run(Path::new("qemu-io"), theirs.path(), commands) else {
-            eprintln!("SKIPPED: qemu-io is not installed");
+            eprintln!("skipped: qemu-io is not installed");
             return;
         };
         assert_eq!(got, expected, "{commands:?}");

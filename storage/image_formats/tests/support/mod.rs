@@ -279,7 +279,7 @@ pub fn qemu_img(arguments: &[&str]) -> Option<Output> {
     match output {
         Ok(output) => Some(output),
         Err(_) => {
-            eprintln!("SKIPPED: qemu-img is not installed");
+            eprintln!("skipped: qemu-img is not installed");
             None
         }
     }
