@@ -4,7 +4,7 @@ mod machine;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
 
 use machine::{Machine, guest, guest_with, run_to_end};
@@ -198,6 +198,92 @@ fn a_microvm_has_its_devices_in_memory_space() {
         warnings.all(|line| expected.iter().any(|e| line.contains(e))),
         "{text}"
     );
+}
+
+/// Serves the other end of one connection from the guest: says what it hears, with a line of its own before.
+fn answer(listener: UnixListener) {
+    std::thread::spawn(move || {
+        let (mut guest, _) = listener.accept().unwrap();
+        guest.write_all(b"the host hears:\n").unwrap();
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = guest.read(&mut buffer) {
+            guest.write_all(&buffer[..n]).unwrap();
+        }
+    });
+}
+
+#[test]
+fn sockets_lead_from_guest_to_host_and_back() {
+    const NAME: &str = "sockets_lead_from_guest_to_host_and_back";
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vsock");
+    answer(UnixListener::bind(dir.path().join("vsock_7000")).unwrap());
+    let script = "seq 1 50000|vsock connect 7000|md5sum;echo a line of the guest|vsock listen 52;vsock connect 1 < /dev/null";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    let mut machine = Machine::start(
+        run.arg("--vsock")
+            .arg(format!("cid=3,path={}", socket.display())),
+    );
+    machine.expect("VSOCK-LISTENS");
+    let mut to_guest = BufReader::new(UnixStream::connect(&socket).unwrap());
+    to_guest.get_mut().write_all(b"CONNECT 52\n").unwrap();
+    let mut line = String::new();
+    to_guest.read_line(&mut line).unwrap();
+    assert!(line.starts_with("OK "), "{line}");
+    to_guest
+        .get_mut()
+        .write_all(b"a line of the host\n")
+        .unwrap();
+    line.clear();
+    to_guest.read_line(&mut line).unwrap();
+    assert_eq!(line, "a line of the guest\n");
+    machine.expect("a line of the host");
+    drop(to_guest);
+    let (status, text) = machine.wait();
+    assert!(status.success(), "{text}");
+    // The digest of the host's line and the numbers from 1 to 50000.
+    assert!(
+        text.contains("1440b9a3f87417a2e27a1a3690e96950  -"),
+        "{text}"
+    );
+    assert!(text.contains("vsock: Connection reset by peer"), "{text}");
+}
+
+#[test]
+fn split_rings_carry_disks_and_packets() {
+    const NAME: &str = "split_rings_carry_disks_and_packets";
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("a.raw");
+    std::fs::write(&disk, vec![b'x'; 8 << 20]).unwrap();
+    let port = serve("a page from the host ".repeat(5000));
+    let script = format!(
+        "cat /sys/bus/virtio/devices/virtio0/features;md5sum /dev/vda;seq 1 200000|dd of=/dev/vda bs=64k conv=fsync;head -c 1288895 /dev/vda|md5sum;seq 1 200000|md5sum;ifconfig eth0 10.0.2.15 up;wget -q -O - http://10.0.2.2:{port}/|wc -c"
+    );
+    for packed in [false, true] {
+        std::fs::write(&disk, vec![b'x'; 8 << 20]).unwrap();
+        let Some(mut run) = guest(NAME, &script) else {
+            return;
+        };
+        let word = if packed { "on" } else { "off" };
+        run.args(["--cpus", "2", "--net", &format!("user,packed={word}")]);
+        run.arg("--disk")
+            .arg(format!("{},format=raw,packed={word}", disk.display()));
+        let text = run_to_end(&mut run);
+        let features = text
+            .lines()
+            .find(|l| l.len() == 64 && l.starts_with(['0', '1']));
+        let negotiated = features.unwrap_or_default().as_bytes()[34] == b'1';
+        assert_eq!(negotiated, packed, "{text}");
+        let sums: Vec<&str> = text.lines().filter(|l| l.ends_with("  -")).collect();
+        assert!(sums.len() == 2 && sums[0] == sums[1], "{text}");
+        assert!(
+            text.contains("2058fb53f643fcd58a8d83a05542392b  /dev/vda"),
+            "{text}"
+        );
+        assert!(text.contains("\n105000\n"), "{text}");
+    }
 }
 
 #[test]

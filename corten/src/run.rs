@@ -58,11 +58,12 @@ pub(crate) struct RunArguments {
     append: Option<String>,
     /// Disk: FILE[,format=raw|qcow2][,readonly=on][,snapshot=on][,cache=writeback|writethrough|none|directsync|unsafe]
     /// [,aio=io_uring|threads][,discard=ignore|unmap][,detect-zeroes=off|on|unmap][,bus=virtio][,serial=TEXT]
-    /// [,logical_block_size=512|4096][,queues=N]; may be given several times
+    /// [,logical_block_size=512|4096][,queues=N][,packed=on|off]; may be given several times
     #[arg(long, value_name = "DISK")]
     disk: Vec<String>,
     /// Network card: user[,hostfwd=tcp|udp:[HOSTADDR:]HOSTPORT-[GUESTADDR:]GUESTPORT]…[,restrict=on][,hostname=NAME],
-    /// tap,ifname=NAME, or none; each also takes mac=ADDRESS and queues=N; may be given several times (default: none)
+    /// tap,ifname=NAME, or none; each also takes mac=ADDRESS, queues=N and packed=on|off; may be
+    /// given several times (default: none)
     #[arg(long, value_name = "NET")]
     net: Vec<String>,
     /// Serial port COM1 and on: stdio, file:PATH, unix:PATH[,server][,wait=off], tcp:HOST:PORT[,server][,wait=off], pty,

@@ -39,11 +39,16 @@ pub(crate) trait Board {
     fn core(&self) -> &Core;
     fn core_mut(&mut self) -> &mut Core;
 
-    /// Adds a virtio device, in the board's own way.
+    /// Adds a virtio device, in the board's own way. `withheld` are features that it does not offer though it has them.
     ///
     /// # Errors
     /// When there is no room for it.
-    fn plug(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError>;
+    fn plug(
+        &mut self,
+        name: String,
+        device: Box<dyn VirtioDevice>,
+        withheld: u64,
+    ) -> Result<(), MachineError>;
 
     /// What ACPI is to say of it.
     fn platform(&self) -> Platform;
