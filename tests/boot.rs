@@ -287,6 +287,42 @@ fn split_rings_carry_disks_and_packets() {
 }
 
 #[test]
+fn a_tap_of_two_queues_carries_the_guest_to_the_host() {
+    const NAME: &str = "a_tap_of_two_queues_carries_the_guest_to_the_host";
+    // In a network of its own, which goes with the shell.
+    const HOST: &str = "ip link set lo up && ip tuntap add dev tap0 mode tap multi_queue && ip addr add 10.77.0.1/24 dev tap0 \
+        && ip link set tap0 up || exit 99; cd $0; busybox httpd -f -p 10.77.0.1:80 & server=$!; \"$@\"; status=$?; kill $server; exit $status";
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(
+        dir.path().join("page"),
+        "a page from the host ".repeat(50_000),
+    )
+    .unwrap();
+    let script = "ifconfig eth0 10.77.0.2 up;ls /sys/class/net/eth0/queues;for n in 1 2 3 4;do (wget -q -O - http://10.77.0.1/page|md5sum)& done;wait;cat /proc/interrupts";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    run.args(["--cpus", "2", "--net", "tap,ifname=tap0,queues=2"]);
+    let mut shell = std::process::Command::new("unshare");
+    shell.args(["--net", "sh", "-c", HOST]).arg(dir.path());
+    shell.arg(run.get_program()).args(run.get_args());
+    let (status, text) = Machine::start(&mut shell).wait();
+    if matches!(status.code(), Some(1 | 99)) && text.is_empty() {
+        println!("skipped: {NAME}: needs root and /dev/net/tun");
+        return;
+    }
+    assert!(status.success(), "{status} {text}");
+    for queue in ["rx-0", "rx-1", "tx-0", "tx-1"] {
+        assert!(text.contains(queue), "{queue}: {text}");
+    }
+    assert_eq!(
+        text.matches("39f6d3485829a76f6580d6611d10bff0  -").count(),
+        4,
+        "{text}"
+    );
+}
+
+#[test]
 fn every_way_to_reset_ends_in_a_reset() {
     for (machine, way) in [
         ("microvm", "acpi"),
