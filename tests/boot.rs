@@ -2,6 +2,7 @@
 
 mod machine;
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -395,6 +396,109 @@ fn qmp_stops_continues_and_quits() {
     say("quit", Some("SHUTDOWN"));
     let (status, _) = machine.wait();
     assert!(status.success());
+}
+
+/// A client of QMP.
+struct Qmp {
+    stream: BufReader<UnixStream>,
+    /// Events that came while an answer was waited for.
+    events: VecDeque<serde_json::Value>,
+}
+
+impl Qmp {
+    fn connect(socket: &std::path::Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(machine::LIMIT)).unwrap();
+        let mut qmp = Self {
+            stream: BufReader::new(stream),
+            events: VecDeque::new(),
+        };
+        assert!(qmp.read()["QMP"].is_object());
+        qmp.say(r#"{"execute":"qmp_capabilities"}"#);
+        qmp
+    }
+
+    fn read(&mut self) -> serde_json::Value {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn say(&mut self, text: &str) -> serde_json::Value {
+        writeln!(self.stream.get_mut(), "{text}").unwrap();
+        loop {
+            let answer = self.read();
+            if answer.get("event").is_none() {
+                return answer;
+            }
+            self.events.push_back(answer);
+        }
+    }
+
+    /// Waits for an event.
+    fn hear(&mut self, event: &str) -> serde_json::Value {
+        loop {
+            let message = self.events.pop_front().unwrap_or_else(|| self.read());
+            if message["event"] == event {
+                return message["data"].clone();
+            }
+        }
+    }
+}
+
+#[test]
+fn the_balloon_takes_memory_and_gives_it_back() {
+    const NAME: &str = "the_balloon_takes_memory_and_gives_it_back";
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    // The guest goes on once its memory has shrunk by more than 100 MiB, and then once it is back.
+    let script = "t(){ while read a b c;do case $a in MemTotal:) m=$b;;esac;done < /proc/meminfo; };t;o=$m;echo READY-$o;while t;[ $m -gt $((o-100000)) ];do sleep 0.1;done;echo SMALL-$((o-m));while t;[ $m -lt $o ];do sleep 0.1;done";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    run.arg("--qmp").arg(format!("unix:{}", socket.display()));
+    let mut machine = Machine::start(run.arg("--balloon"));
+    machine.expect("READY-4");
+    let mut qmp = Qmp::connect(&socket);
+    let actual =
+        |qmp: &mut Qmp| qmp.say(r#"{"execute":"query-balloon"}"#)["return"]["actual"].as_u64();
+    assert_eq!(actual(&mut qmp), Some(512 << 20));
+    let less = r#"{"execute":"balloon","arguments":{"value":402653184}}"#;
+    assert!(qmp.say(less)["return"].is_object());
+    machine.expect("SMALL-131072");
+    while qmp.hear("BALLOON_CHANGE")["actual"] != 402_653_184 {}
+    assert_eq!(actual(&mut qmp), Some(384 << 20));
+    let all = r#"{"execute":"balloon","arguments":{"value":536870912}}"#;
+    assert!(qmp.say(all)["return"].is_object());
+    let (status, text) = machine.wait();
+    assert!(status.success() && text.contains("GUEST-DONE"), "{text}");
+}
+
+#[test]
+fn a_cable_can_be_pulled() {
+    const NAME: &str = "a_cable_can_be_pulled";
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    let script = "ifconfig eth0 up;c(){ while [ $(cat /sys/class/net/eth0/carrier) != $1 ];do sleep 0.1;done;echo CARRIER-$1; };c 1;c 0;c 1";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    run.arg("--qmp").arg(format!("unix:{}", socket.display()));
+    let mut machine = Machine::start(run.args(["--net", "user"]));
+    machine.expect("CARRIER-1");
+    let mut qmp = Qmp::connect(&socket);
+    let link = |name: &str, up: bool| {
+        format!(r#"{{"execute":"set_link","arguments":{{"name":"{name}","up":{up}}}}}"#)
+    };
+    assert!(qmp.say(&link("net0", false))["return"].is_object());
+    machine.expect("CARRIER-0");
+    assert!(qmp.say(&link("net0", true))["return"].is_object());
+    let wrong = qmp.say(&link("net7", true));
+    assert_eq!(wrong["error"]["class"], "DeviceNotFound", "{wrong}");
+    let none = qmp.say(r#"{"execute":"query-balloon"}"#);
+    assert_eq!(none["error"]["class"], "DeviceNotActive", "{none}");
+    let (status, text) = machine.wait();
+    assert!(status.success() && text.contains("GUEST-DONE"), "{text}");
 }
 
 #[test]

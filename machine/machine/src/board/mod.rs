@@ -21,7 +21,7 @@ use crate::io::Controllers;
 use crate::memory_map::MemoryMap;
 use core::Core;
 use microvm::Microvm;
-pub(crate) use peripherals::Peripherals;
+pub(crate) use peripherals::{Controls, Peripherals};
 use q35::Q35;
 
 /// What every board is built on.

@@ -2,16 +2,18 @@
 
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use virtio::balloon::{Balloon, BalloonOptions};
+use virtio::balloon::{Balloon, BalloonHandle, BalloonOptions};
 use virtio::console::{Console, ConsoleOptions};
+use virtio::net::NetHandle;
 use virtio::rng::Rng;
 use virtio::spec::feature;
 use virtio::vsock::Vsock;
 use vm_spec::{BalloonSpec, VmSpec};
 
 use super::{Base, Board};
-use crate::lifecycle::Lifecycle;
+use crate::lifecycle::{Lifecycle, Request};
 use crate::{MachineError, chars, disks, nets};
 
 /// What a device that is not to have packed rings does not offer.
@@ -24,6 +26,17 @@ pub(crate) struct Peripherals<'a> {
     pub(crate) base: &'a Base,
     pub(crate) board: &'a mut dyn Board,
     pub(crate) lifecycle: &'a Arc<Lifecycle>,
+    pub(crate) controls: &'a mut Controls,
+}
+
+/// What a monitor reaches of the devices.
+#[derive(Clone, Default)]
+pub(crate) struct Controls {
+    pub(crate) balloon: Option<BalloonHandle>,
+    /// A change of the balloon waits to be told.
+    pub(crate) balloon_pending: Arc<AtomicBool>,
+    /// Cards by name.
+    pub(crate) nets: Vec<(String, NetHandle)>,
 }
 
 impl Peripherals<'_> {
@@ -39,7 +52,8 @@ impl Peripherals<'_> {
                 .plug(format!("disk{number}"), device, withheld(disk.packed))?;
         }
         for (number, net) in spec.nets.iter().enumerate() {
-            let device = nets::virtio_card(net, number)?;
+            let (device, handle) = nets::virtio_card(net, number)?;
+            self.controls.nets.push((format!("net{number}"), handle));
             self.board
                 .plug(format!("net{number}"), device, withheld(net.packed))?;
         }
@@ -76,8 +90,19 @@ impl Peripherals<'_> {
             deflate_on_oom: spec.deflate_on_oom,
             free_page_reporting: spec.free_page_reporting,
         };
-        let (device, _handle) = Balloon::new(options, &self.base.clock)
+        let (device, handle) = Balloon::new(options, &self.base.clock)
             .map_err(|e| MachineError::host("--balloon", e))?;
+        let (lifecycle, pending) = (
+            self.lifecycle.clone(),
+            self.controls.balloon_pending.clone(),
+        );
+        handle.on_change(move |_| {
+            // One request at a time stands for all changes until it is taken.
+            if !pending.swap(true, Ordering::SeqCst) {
+                lifecycle.post(Request::BalloonChanged);
+            }
+        });
+        self.controls.balloon = Some(handle);
         self.board.plug("balloon".into(), Box::new(device), 0)
     }
 }
