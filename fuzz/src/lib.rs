@@ -1,4 +1,9 @@
 //! Fuzz targets and what they share.
 
+pub mod chipset_registers;
 pub mod images;
+pub mod input;
 pub mod nbd_peers;
+pub mod pci_topology;
+pub mod registers;
+pub mod smoke;
