@@ -1,5 +1,6 @@
 //! Fuzz targets and what they share.
 
+pub mod ahci_ports;
 pub mod chipset_registers;
 pub mod images;
 pub mod input;
@@ -7,3 +8,4 @@ pub mod nbd_peers;
 pub mod pci_topology;
 pub mod registers;
 pub mod smoke;
+pub mod virtio_devices;
