@@ -5,6 +5,7 @@ pub mod chipset_registers;
 pub mod images;
 pub mod input;
 pub mod nbd_peers;
+pub mod pci_machine;
 pub mod pci_topology;
 pub mod registers;
 pub mod smoke;
