@@ -482,8 +482,8 @@ fn the_balloon_takes_memory_and_gives_it_back() {
     const NAME: &str = "the_balloon_takes_memory_and_gives_it_back";
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("qmp");
-    // The guest goes on once its memory has shrunk by more than 100 MiB, and then once it is back.
-    let script = "t(){ while read a b c;do case $a in MemTotal:) m=$b;;esac;done < /proc/meminfo; };t;o=$m;echo READY-$o;while t;[ $m -gt $((o-100000)) ];do sleep 0.1;done;echo SMALL-$((o-m));while t;[ $m -lt $o ];do sleep 0.1;done";
+    // The guest goes on once its memory has shrunk by all of 128 MiB, and then once it is back.
+    let script = "t(){ while read a b c;do case $a in MemTotal:) m=$b;;esac;done < /proc/meminfo; };t;o=$m;echo READY-$o;while t;[ $m -gt $((o-131072)) ];do sleep 0.1;done;echo SMALL-$((o-m));while t;[ $m -lt $o ];do sleep 0.1;done";
     let Some(mut run) = guest(NAME, script) else {
         return;
     };
