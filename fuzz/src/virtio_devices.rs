@@ -215,6 +215,7 @@ impl Guest {
                 memory: memory.map.clone(),
                 doorbells: None,
                 interrupt: IrqPin::new(ends, 0).line(),
+                withheld: 0,
             };
             let device = VirtioMmio::new("device", device, wiring).expect("a device");
             let region = device.attach(&bus, REGISTERS).expect("a free place");
