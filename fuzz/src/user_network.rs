@@ -165,7 +165,9 @@ impl Link {
         payload: &[u8],
         input: &mut Input<'_>,
     ) -> Vec<u8> {
-        let mut frame = input.pick(&[MACS[0], MACS[0], MACS[0], MACS[1], MACS[2]]).to_vec();
+        let mut frame = input
+            .pick(&[MACS[0], MACS[0], MACS[0], MACS[1], MACS[2]])
+            .to_vec();
         frame.extend(GUEST_MAC);
         let how = input.byte();
         let fragment = if how & 0xf0 == 0 {
@@ -304,7 +306,11 @@ impl Link {
             body.resize(usize::from(input.word(2) as u16).min(65_000), 3);
         }
         let mut datagram = Vec::new();
-        let from = if port == 67 { 68 } else { 5000 + u16::from(input.byte() & 7) };
+        let from = if port == 67 {
+            68
+        } else {
+            5000 + u16::from(input.byte() & 7)
+        };
         datagram.extend(from.to_be_bytes());
         datagram.extend(port.to_be_bytes());
         datagram.extend((8 + body.len() as u16).to_be_bytes());
@@ -492,7 +498,9 @@ impl Link {
             0..140 => self.send(input),
             140..180 => self.outside(server, input),
             180..220 => {
-                self.net.process(self.now).expect("sockets can be waited for");
+                self.net
+                    .process(self.now)
+                    .expect("sockets can be waited for");
                 self.fetch(8, MAX_FRAME);
             }
             220..230 => {
@@ -505,7 +513,9 @@ impl Link {
             }
             _ => {
                 self.now += input.word(3) >> (input.byte() % 24);
-                self.net.process(self.now).expect("sockets can be waited for");
+                self.net
+                    .process(self.now)
+                    .expect("sockets can be waited for");
             }
         }
     }
