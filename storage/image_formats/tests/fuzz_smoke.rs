@@ -69,6 +69,11 @@ fn damaged_qcow2_images_do_no_harm() {
 }
 
 #[test]
+fn damaged_vhds_do_no_harm() {
+    smoke("vpc", images::vpc, 1000);
+}
+
+#[test]
 fn deflate_round_trips() {
     smoke("deflate", images::deflate, 50);
 }
