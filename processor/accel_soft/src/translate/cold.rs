@@ -1,8 +1,8 @@
 //! What goes out of line: the unusual ends of what a block does, behind its code.
 
 use super::code::{Compiler, Kept};
-use super::emit::{Label, R14, R15, RCX, cc, hot, mem, op64};
-use super::hot::at;
+use super::emit::{Label, R14, R15, RCX, cc, hot, mem};
+use super::hot::{OpPlace, at};
 use super::registers::STACK;
 
 /// What goes out of line.
@@ -24,12 +24,15 @@ pub(crate) enum Cold {
     },
     /// The way to a place that may not be translated yet.
     Link { from: Label, link: u32 },
-    /// The stack is in another page than the last time.
-    OtherStack {
+    /// The address is in another page than the last time.
+    OtherPage {
         from: Label,
         back: Label,
         slow: Label,
         size: u32,
+        number: usize,
+        write: bool,
+        op: u32,
     },
     /// The x87 unit is not in the host's.
     LoadX87 { from: Label, op: u32, back: Label },
@@ -81,12 +84,22 @@ impl Compiler<'_> {
                     self.asm.mov_u32(R15, link);
                     self.asm.jmp(self.stubs.link);
                 }
-                Cold::OtherStack {
+                Cold::OtherPage {
                     from,
                     back,
                     slow,
                     size,
-                } => self.put_other_stack(from, back, slow, size),
+                    number,
+                    write,
+                    op,
+                } => {
+                    self.asm.bind(from);
+                    self.asm.mov_u32(R15, op * size_of::<OpPlace>() as u32);
+                    self.asm.call(self.stubs.find[number][usize::from(write)]);
+                    self.asm.alu_i(7, R14, 4096 - size as i32);
+                    self.asm.jcc(cc::BE, back);
+                    self.asm.jmp_label(slow);
+                }
                 Cold::LoadX87 { from, op, back } => self.put_load_x87(from, op, back),
                 Cold::Event {
                     from,
@@ -123,15 +136,6 @@ impl Compiler<'_> {
         }
         self.asm.store(hot(at::RIP), R14);
         self.asm.jmp(self.stubs.wrote);
-    }
-
-    fn put_other_stack(&mut self, from: Label, back: Label, slow: Label, size: u32) {
-        self.asm.bind(from);
-        self.asm.call(self.stubs.find_stack);
-        self.asm.ins(op64(0x2b), R14, hot(at::STACK_TAG));
-        self.asm.alu_i(7, R14, 4096 - size as i32);
-        self.asm.jcc(cc::A, slow);
-        self.asm.jmp_label(back);
     }
 
     fn put_load_x87(&mut self, from: Label, op: u32, back: Label) {
