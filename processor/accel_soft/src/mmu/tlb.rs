@@ -15,8 +15,8 @@ use super::recent::RecentPages;
 pub(crate) const DATA_ENTRIES: usize = 8192;
 /// Entries of an instruction buffer.
 pub(crate) const FETCH_ENTRIES: usize = 1024;
-/// Address spaces whose user pages are kept.
-const SPACES: usize = 8;
+/// Address spaces whose user pages are kept. Linux uses six PCIDs at a time.
+const SPACES: usize = 6;
 /// More filled slots than this are not remembered one by one.
 const JOURNAL: usize = 4096;
 /// Number of the data buffers in the journal; larger numbers are instruction buffers.

@@ -4,6 +4,7 @@ use super::code::{Compiler, Kept};
 use super::emit::{Label, R14, R15, RCX, cc, hot, mem};
 use super::hot::{OpPlace, at};
 use super::registers::STACK;
+use crate::mmu::way;
 
 /// What goes out of line.
 pub(crate) enum Cold {
@@ -65,8 +66,9 @@ pub(crate) enum Target {
 impl Compiler<'_> {
     /// Puts what goes out of line behind the block.
     pub(crate) fn finish(&mut self) {
-        for cold in std::mem::take(&mut self.cold) {
-            match cold {
+        let mut cold = std::mem::take(&mut self.cold).into_iter().peekable();
+        while let Some(this) = cold.next() {
+            match this {
                 Cold::Slow {
                     from,
                     back,
@@ -94,11 +96,17 @@ impl Compiler<'_> {
                     op,
                 } => {
                     self.asm.bind(from);
-                    self.asm.mov_u32(R15, op * size_of::<OpPlace>() as u32);
+                    if number != way::SUPERVISOR_STACK {
+                        self.asm.mov_u32(R15, op * size_of::<OpPlace>() as u32);
+                    }
                     self.asm.call(self.stubs.find[number][usize::from(write)]);
                     self.asm.alu_i(7, R14, 4096 - size as i32);
                     self.asm.jcc(cc::BE, back);
-                    self.asm.jmp_label(slow);
+                    let follows =
+                        |next: &Cold| matches!(next, Cold::Slow { from, .. } if *from == slow);
+                    if !cold.peek().is_some_and(follows) {
+                        self.asm.jmp_label(slow);
+                    }
                 }
                 Cold::LoadX87 { from, op, back } => self.put_load_x87(from, op, back),
                 Cold::Event {

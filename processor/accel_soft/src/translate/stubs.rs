@@ -11,7 +11,7 @@ use super::hot::{EPOCH, OpPlace, at};
 use super::memory::CodeMemory;
 use super::registers::{Place, place};
 use super::runtime::{self, exit};
-use crate::mmu::{DATA_ENTRIES, DataEntry, RECENT_PAGES, SLOT_ROTATION};
+use crate::mmu::{DATA_ENTRIES, DataEntry, RECENT_PAGES, SLOT_ROTATION, way};
 
 /// Addresses of the common pieces of code.
 #[derive(Debug, Clone, Copy)]
@@ -26,7 +26,8 @@ pub(crate) struct Stubs {
     pub(crate) load_x87: u64,
     /// Called, by the number of a recent page, to read or to write: R14 is a distance from the page, and becomes the address;
     /// the page becomes that of the address, if it is in the translation buffer with this right. R14 is then a distance again,
-    /// or too large a number. Changes flags and R15, which is the place of the operation in the table of [`OpPlace`].
+    /// or too large a number. Changes flags and R15, which, but for
+    /// the supervisor's stack, is the place of the operation in the table of [`OpPlace`].
     pub(crate) find: [[u64; 2]; RECENT_PAGES],
     /// Called: executes the operation whose number is in R15 in the middle of a block.
     pub(crate) run_op: u64,
@@ -196,8 +197,10 @@ impl Builder<'_> {
         let at = |place: i32| hot(8 + place);
         self.asm.ins(op64(0x03), R14, at(recent + right));
         self.asm.store(at(at::SAVED_ADDRESS), R14);
-        self.count_miss();
-        self.asm.load(R14, at(at::SAVED_ADDRESS));
+        if recent != at::recent(way::SUPERVISOR_STACK) {
+            self.count_miss();
+            self.asm.load(R14, at(at::SAVED_ADDRESS));
+        }
         self.asm.mov(R15, R14);
         self.asm.ins(op64(0xc1), 1, Rm::Reg(R15));
         self.asm.u8(SLOT_ROTATION as u8);
