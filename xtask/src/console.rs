@@ -47,6 +47,11 @@ impl Console {
         })
     }
 
+    /// The machine's process.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for `wanted`; returns what came before it.
     pub(crate) fn expect(&mut self, wanted: &str, limit: Duration) -> Result<String> {
         let end = Instant::now() + limit;

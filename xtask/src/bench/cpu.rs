@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::{median, qemu};
+use super::{Machine, median, qemu};
 use crate::Result;
 use crate::guest::{self, Boot};
 use crate::host::{self, command};
@@ -139,7 +139,7 @@ pub(super) fn run(runs: u32) -> Result<()> {
             (&mut soft, ours(&corten, &boot), "corten"),
             (
                 &mut tcg,
-                qemu(&boot, "console=ttyS0 panic=-1 quiet"),
+                qemu(&boot, "console=ttyS0 panic=-1 quiet", Machine::Software),
                 "QEMU",
             ),
         ] {

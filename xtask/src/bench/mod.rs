@@ -1,15 +1,16 @@
 //! `cargo xtask bench`: measured beside peers in one run, printed as ratios.
 
+mod boot;
 mod cpu;
+mod devices;
+mod net_server;
+mod process;
 
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use crate::Result;
-use crate::console::Console;
 use crate::guest;
-use crate::host::{self, command};
+use crate::host::command;
 
 /// Options of the measurements.
 #[derive(clap::Args)]
@@ -24,21 +25,31 @@ pub(crate) struct Options {
 
 #[derive(clap::Subcommand)]
 enum What {
-    /// Debian's kernel to the first line of user space, software CPU beside QEMU's TCG
+    /// Debian's kernel to the first line of user space and memory then, software CPU beside QEMU's TCG
     Boot,
     /// Programs in a guest: software CPU beside QEMU's TCG and the host itself
     Cpu,
+    /// Disks and network cards from inside a guest, beside QEMU's
+    Devices(devices::Options),
 }
 
-/// Longest time for one boot.
-const LIMIT: Duration = Duration::from_secs(300);
-const APPEND: &str = "console=ttyS0 panic=-1 quiet run=true";
-const FIRST_LINE: &str = "GUEST-USER-SPACE";
+/// Bytes of memory that every measured guest has (`1G`).
+const GUEST_MEMORY: u64 = 1 << 30;
+
+/// What runs the guest's code, in us and in the peer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Machine {
+    /// Our software CPU, QEMU's TCG.
+    Software,
+    /// KVM.
+    Kvm,
+}
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    match options.what {
-        What::Boot => boot(options.runs),
+    match &options.what {
+        What::Boot => boot::run(options.runs),
         What::Cpu => cpu::run(options.runs),
+        What::Devices(these) => devices::run(these, options.runs),
     }
 }
 
@@ -47,99 +58,19 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Seconds from the start of the process to the first line of user space.
-fn time_to_user_space(command: &mut Command) -> Result<f64> {
-    let start = Instant::now();
-    let mut console = Console::start(command.stderr(Stdio::null()), false)?;
-    console.expect(FIRST_LINE, LIMIT)?;
-    Ok(start.elapsed().as_secs_f64())
-}
-
-/// Seconds from the start of the process to the guest's first instruction; the machine is ended then.
-fn time_to_first_instruction(command: &mut Command) -> Result<f64> {
-    let start = Instant::now();
-    let mut child = command
-        .arg("--announce-start")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|e| format!("{}: {e}", host::line(command)))?;
-    let mut seconds = None;
-    if let Some(errors) = child.stderr.take() {
-        for line in BufReader::new(errors)
-            .lines()
-            .map_while(std::result::Result::ok)
-        {
-            if line.ends_with("the guest starts") {
-                seconds = Some(start.elapsed().as_secs_f64());
-                break;
-            }
-        }
-    }
-    let _ = child.kill();
-    let _ = child.wait();
-    Ok(seconds.ok_or("corten ended before the guest's first instruction")?)
-}
-
-/// QEMU with TCG, its machine as near to ours as it has one.
-fn qemu(guest: &guest::Boot, append: &str) -> Command {
+/// QEMU, its machine as near to ours as it has one.
+fn qemu(guest: &guest::Boot, append: &str, machine: Machine) -> Command {
     let mut run = command("qemu-system-x86_64");
-    run.args(["-accel", "tcg", "-M", "q35", "-m", "1G", "-cpu", "max"]);
+    let accel = match machine {
+        Machine::Software => "tcg",
+        Machine::Kvm => "kvm",
+    };
+    run.args(["-accel", accel, "-M", "q35", "-m", "1G", "-cpu", "max"]);
+    // Threads with names, so that vCPUs can be told from the others.
+    run.args(["-name", "bench,debug-threads=on"]);
     run.args(["-nodefaults", "-no-reboot", "-display", "none"]);
     run.args(["-serial", "stdio", "-append", append]);
     run.arg("-kernel").arg(&guest.kernel);
     run.arg("-initrd").arg(&guest.initrd);
     run
-}
-
-fn boot(runs: u32) -> Result<()> {
-    host::need_packages(&["qemu-system-x86"])?;
-    let corten = host::build_corten()?;
-    let guest = guest::test_guest()?;
-    let ours = || {
-        let mut run = command(&corten);
-        run.args([
-            "run",
-            "--accel",
-            "soft",
-            "--memory",
-            "1G",
-            "--serial",
-            "stdio",
-            "--no-reboot",
-        ]);
-        run.args(["--net", "none", "--append", APPEND]);
-        run.arg("--kernel")
-            .arg(&guest.kernel)
-            .arg("--initrd")
-            .arg(&guest.initrd);
-        run
-    };
-    let theirs = || qemu(&guest, APPEND);
-    let (mut a, mut b, mut starts) = (Vec::new(), Vec::new(), Vec::new());
-    for n in 1..=runs {
-        // A whole boot comes first, so the kernel has been decompressed and kept by the time that starts are measured.
-        a.push(time_to_user_space(&mut ours())?);
-        b.push(time_to_user_space(&mut theirs())?);
-        eprintln!(
-            "pair {n}: corten {:.2} s, QEMU {:.2} s",
-            a[a.len() - 1],
-            b[b.len() - 1]
-        );
-    }
-    const STARTS: u32 = 9;
-    for _ in 0..STARTS {
-        starts.push(time_to_first_instruction(&mut ours())?);
-    }
-    let ratios: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a / b).collect();
-    println!("boot to user space, 1 vCPU, medians of {runs} pairs");
-    println!("  corten --accel soft      {:8.2} s", median(a));
-    println!("  qemu-system-x86_64 tcg   {:8.2} s", median(b));
-    println!("  ratio                    {:8.2}", median(ratios));
-    println!(
-        "process start to the guest's first instruction, median of {STARTS}, kernel kept from an earlier run"
-    );
-    println!("  corten --accel soft      {:8.1} ms", median(starts) * 1e3);
-    Ok(())
 }
