@@ -5,6 +5,7 @@ use image_formats::{NewImage, Property, Value};
 use serde_json::{Map, json};
 
 use super::Failure;
+use super::args::size;
 use super::create::{preallocation, switch};
 
 /// An option's name with its kind of value, and what it means.
@@ -30,12 +31,54 @@ const VPC: &[OptionHelp] = &[
     ),
 ];
 
+const VHDX: &[OptionHelp] = &[
+    BACKING_FILE,
+    (
+        "block_size=<size>",
+        "Block size: a power of two from 1 MiB to 256 MiB; 0 chooses one by the image's size",
+    ),
+    (
+        "block_state_zero=<bool (on/off)>",
+        "Blocks of a dynamic disk begin in the state 'zero' rather than 'not present' (default: on)",
+    ),
+    ("log_size=<size>", "Log size: at least 1 MiB"),
+    (
+        "logical_sector_size=<size>",
+        "Size of the disk's sectors: 512 (default) or 4096",
+    ),
+    (
+        "preallocation=<str>",
+        "Space of a fixed disk (allowed values: off, falloc, full)",
+    ),
+    SIZE,
+    (
+        "subformat=<str>",
+        "VHDX format type: dynamic (default) or fixed",
+    ),
+];
+
 /// The options that a format has for new images; `None` if it is not one of these.
 pub(crate) fn option_list(format: &str) -> Option<&'static [OptionHelp]> {
     Some(match format {
         "vpc" => VPC,
+        "vhdx" => VHDX,
         _ => return None,
     })
+}
+
+fn number(key: &str, value: &str) -> Result<u64, Failure> {
+    size(value)
+        .ok_or_else(|| Failure::plain(format!("Parameter '{key}' expects a size, not '{value}'")))
+}
+
+fn is_fixed(value: &str) -> Result<bool, Failure> {
+    match value {
+        "fixed" => Ok(true),
+        "dynamic" => Ok(false),
+        _ => Err(Failure::plain(format!(
+            "Parameter 'subformat' does not accept value '{value}'"
+        ))),
+    }
 }
 
 fn invalid(value: &str) -> Failure {
@@ -46,14 +89,20 @@ fn invalid(value: &str) -> Failure {
 pub(crate) fn set(image: &mut NewImage, key: &str, value: &str) -> Result<bool, Failure> {
     match image {
         NewImage::Vpc(o) => match key {
-            "subformat" => {
-                o.fixed = match value {
-                    "fixed" => true,
-                    "dynamic" => false,
-                    _ => return Err(invalid(value)),
-                }
-            }
+            "subformat" => o.fixed = is_fixed(value)?,
             "force_size" => o.force_size = switch(key, value)?,
+            "preallocation" => o.preallocation = preallocation(value)?,
+            _ => return Ok(false),
+        },
+        NewImage::Vhdx(o) => match key {
+            "subformat" => o.fixed = is_fixed(value)?,
+            "block_size" => o.block_size = number(key, value)?,
+            "log_size" => o.log_size = number(key, value)?,
+            "block_state_zero" => o.block_state_zero = switch(key, value)?,
+            "logical_sector_size" => {
+                o.logical_sector =
+                    u32::try_from(number(key, value)?).map_err(|_| invalid(value))?;
+            }
             "preallocation" => o.preallocation = preallocation(value)?,
             _ => return Ok(false),
         },
@@ -82,6 +131,21 @@ pub(crate) fn describe(image: &NewImage, name: &str, common: &CreateOptions) -> 
             }
             if o.force_size {
                 text.push_str(&format!(" force_size={}", on(o.force_size)));
+            }
+        }
+        NewImage::Vhdx(o) => {
+            text.push_str(&format!(
+                " log_size={} block_size={}",
+                o.log_size, o.block_size
+            ));
+            if o.fixed {
+                text.push_str(" subformat=fixed");
+            }
+            if !o.block_state_zero {
+                text.push_str(" block_state_zero=off");
+            }
+            if o.logical_sector != 512 {
+                text.push_str(&format!(" logical_sector_size={}", o.logical_sector));
             }
         }
     }

@@ -9,12 +9,15 @@ pub mod deflate;
 mod details;
 #[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod fields;
+mod identity;
 #[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod mapped;
+mod names;
 mod new;
 mod open;
 mod probe;
 pub mod qcow2;
+pub mod vhdx;
 pub mod vpc;
 
 pub use details::{Compression, Description, ImageFormat, Property, Value};

@@ -4,13 +4,15 @@ use std::rc::Rc;
 
 use block::{ImplicitFile, Medium, OpenGate, Result};
 
-use crate::vpc;
+use crate::{vhdx, vpc};
 
 /// What to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NewImage {
     /// VHD.
     Vpc(vpc::CreateOptions),
+    /// VHDX.
+    Vhdx(vhdx::CreateOptions),
 }
 
 impl NewImage {
@@ -18,6 +20,7 @@ impl NewImage {
     pub fn format(&self) -> &'static str {
         match self {
             Self::Vpc(_) => "vpc",
+            Self::Vhdx(_) => "vhdx",
         }
     }
 
@@ -25,6 +28,7 @@ impl NewImage {
     pub fn of(format: &str) -> Option<Self> {
         Some(match format {
             "vpc" => Self::Vpc(vpc::CreateOptions::default()),
+            "vhdx" => Self::Vhdx(vhdx::CreateOptions::default()),
             _ => return None,
         })
     }
@@ -33,6 +37,7 @@ impl NewImage {
     pub fn size(&self) -> u64 {
         match self {
             Self::Vpc(o) => o.size,
+            Self::Vhdx(o) => o.size,
         }
     }
 
@@ -40,6 +45,7 @@ impl NewImage {
     pub fn set_size(&mut self, size: u64) {
         match self {
             Self::Vpc(o) => o.size = size,
+            Self::Vhdx(o) => o.size = size,
         }
     }
 
@@ -47,6 +53,7 @@ impl NewImage {
     pub fn backing(&self) -> Option<&str> {
         match self {
             Self::Vpc(o) => o.parent.as_deref(),
+            Self::Vhdx(o) => o.parent.as_deref(),
         }
     }
 
@@ -54,6 +61,7 @@ impl NewImage {
     pub fn set_backing(&mut self, name: Option<String>) -> bool {
         match self {
             Self::Vpc(o) => o.parent = name,
+            Self::Vhdx(o) => o.parent = name,
         }
         true
     }
@@ -81,6 +89,7 @@ impl NewImage {
         };
         match self {
             Self::Vpc(options) => vpc::create(medium, options, parent.as_deref(), random()).await,
+            Self::Vhdx(options) => vhdx::create(medium, options, parent.as_deref()).await,
         }
     }
 
@@ -92,6 +101,7 @@ impl NewImage {
     pub fn measure(&self, stored: &[(u64, u64)]) -> Result<(u64, u64)> {
         match self {
             Self::Vpc(o) => vpc::measure(o, blocks_touched(stored, vpc::NEW_BLOCK_SIZE)),
+            Self::Vhdx(o) => vhdx::measure(o, blocks_touched(stored, vhdx::new_block_size(o))),
         }
     }
 }

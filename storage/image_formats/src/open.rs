@@ -14,6 +14,7 @@ use nbd::client::{NbdDisk, NbdMedium};
 use crate::details::ImageFormat;
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
+use crate::vhdx::Vhdx;
 use crate::vpc::Vpc;
 
 /// A chain of backing files longer than this is taken for a circle.
@@ -339,7 +340,11 @@ impl Opener {
                 let image = Vpc::open(medium.clone(), self, self.options.backing).await?;
                 Ok(Image::of(Rc::new(image), medium))
             }
-            "qed" | "vmdk" | "vhdx" | "luks" | "vdi" | "parallels" => {
+            "vhdx" => {
+                let image = Vhdx::open(medium.clone(), self, self.options.backing).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "qed" | "vmdk" | "luks" | "vdi" | "parallels" => {
                 let message = format!("'{}': the format {format} is not supported", medium.name());
                 Err(BlockError::unsupported(message))
             }
