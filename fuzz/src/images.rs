@@ -7,8 +7,11 @@ use block::{
     BlockBackend, Disk, DiskOptions, ExtentQuery, IoBuf, Medium, MemoryMedium, Refusing, Scope,
     ZeroFlags, executor,
 };
+use image_formats::ImageFormat;
 use image_formats::deflate::Deflater;
 use image_formats::qcow2::{OpenOptions, Qcow2, Repair};
+use image_formats::vhdx::Vhdx;
+use image_formats::vpc::Vpc;
 
 /// Opens any bytes as a qcow2 image, reads, checks, writes, repairs. Nothing may panic or hang.
 pub fn qcow2(data: &[u8]) {
@@ -33,8 +36,22 @@ pub fn qcow2(data: &[u8]) {
 }
 
 async fn use_image(image: &Rc<Qcow2>, repair: bool) {
+    use_disk(image.clone()).await;
+    let _ = image
+        .check(if repair { Repair::All } else { Repair::None })
+        .await;
+    if let Some(snapshot) = image.snapshots().first() {
+        let _ = image.apply_snapshot(&snapshot.id).await;
+        let _ = image.delete_snapshot(&snapshot.id).await;
+    }
+    let _ = image.create_snapshot("s", (0, 0)).await;
+    let _ = image.close().await;
+}
+
+/// Reads and writes here and there.
+async fn use_disk(image: Rc<dyn BlockBackend>) {
     let disk = Disk::new(
-        image.clone(),
+        image,
         DiskOptions {
             discard: true,
             ..DiskOptions::default()
@@ -44,7 +61,7 @@ async fn use_image(image: &Rc<Qcow2>, repair: bool) {
     // Errors are what is expected; only panics and hangs are failures.
     for offset in [
         0,
-        size / 2 / 512 * 512,
+        size / 2 / 4096 * 4096,
         size.saturating_sub(4096) / 512 * 512,
     ] {
         let length = (size - offset).min(4096);
@@ -64,15 +81,81 @@ async fn use_image(image: &Rc<Qcow2>, repair: bool) {
             .await;
         let _ = disk.discard(offset, length).await;
     }
-    let _ = image
-        .check(if repair { Repair::All } else { Repair::None })
-        .await;
-    if let Some(snapshot) = image.snapshots().first() {
-        let _ = image.apply_snapshot(&snapshot.id).await;
-        let _ = image.delete_snapshot(&snapshot.id).await;
-    }
-    let _ = image.create_snapshot("s", (0, 0)).await;
+}
+
+/// Opens, checks, uses and repairs an image of another product's format.
+async fn use_format<F: BlockBackend + ImageFormat + 'static>(opened: block::Result<F>) {
+    let Ok(image) = opened else { return };
+    let image = Rc::new(image);
+    let _ = image.describe();
+    let _ = image.check(Repair::None).await;
+    use_disk(image.clone()).await;
+    let _ = image.flush().await;
+    let size = image.limits().size;
+    let _ = image.resize(size.saturating_add(1 << 20)).await;
+    let _ = image.resize(size / 2 / 4096 * 4096).await;
+    let _ = image.check(Repair::All).await;
     let _ = image.close().await;
+}
+
+fn memory(bytes: Vec<u8>) -> Rc<dyn Medium> {
+    Rc::new(MemoryMedium::from_vec(bytes).with_limit(12 << 20))
+}
+
+/// Files with much nothing in them, as pieces: the number of a sector of 512 bytes (4 bytes), a length
+/// (2 bytes), and that many bytes for this place; all numbers with the lowest byte first.
+fn scattered(mut data: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while let Some((head, rest)) = data.split_at_checked(6) {
+        let sector = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) % (16 << 10);
+        let length = usize::from(u16::from_le_bytes([head[4], head[5]])).min(rest.len());
+        let at = sector as usize * 512;
+        if bytes.len() < at + length {
+            bytes.resize(at + length, 0);
+        }
+        bytes[at..at + length].copy_from_slice(&rest[..length]);
+        data = &rest[length..];
+    }
+    bytes
+}
+
+/// Opens any bytes as a VHD.
+pub fn vpc(data: &[u8]) {
+    executor::block_on(async {
+        use_format(Vpc::open(memory(data.to_vec()), &Refusing, false).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Makes the checksum of a structure right.
+fn sign(bytes: &mut [u8], at: usize, length: usize) {
+    if let Some(part) = bytes.get_mut(at..at + length) {
+        part[4..8].fill(0);
+        let sum = crc32c::crc32c(part);
+        part[4..8].copy_from_slice(&sum.to_le_bytes());
+    }
+}
+
+/// Opens pieces as a VHDX image, whose checksums are made right first.
+pub fn vhdx(data: &[u8]) {
+    let mut bytes = scattered(data);
+    for header in [64 << 10, 128 << 10] {
+        sign(&mut bytes, header, 4096);
+    }
+    for table in [192 << 10, 256 << 10] {
+        sign(&mut bytes, table, 64 << 10);
+    }
+    for at in (1 << 20..bytes.len().min(2 << 20)).step_by(4096) {
+        if bytes[at..].starts_with(b"loge") && at + 12 <= bytes.len() {
+            let length = [bytes[at + 8], bytes[at + 9], bytes[at + 10], 0];
+            let length = u32::from_le_bytes(length) as usize;
+            sign(&mut bytes, at, length.clamp(64, 1 << 20));
+        }
+    }
+    executor::block_on(async {
+        use_format(Vhdx::open(memory(bytes), &Refusing, false).await).await;
+    })
+    .expect("an executor");
 }
 
 /// Whatever is compressed inflates to itself.

@@ -69,6 +69,16 @@ fn damaged_qcow2_images_do_no_harm() {
 }
 
 #[test]
+fn damaged_vpc_images_do_no_harm() {
+    smoke("vpc", images::vpc, 300);
+}
+
+#[test]
+fn damaged_vhdx_images_do_no_harm() {
+    smoke("vhdx", images::vhdx, 100);
+}
+
+#[test]
 fn deflate_round_trips() {
     smoke("deflate", images::deflate, 50);
 }
