@@ -2,9 +2,10 @@
 
 mod machine;
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
 
 use machine::{Machine, guest, guest_with, run_to_end};
@@ -200,6 +201,128 @@ fn a_microvm_has_its_devices_in_memory_space() {
     );
 }
 
+/// Serves the other end of one connection from the guest: says what it hears, with a line of its own before.
+fn answer(listener: UnixListener) {
+    std::thread::spawn(move || {
+        let (mut guest, _) = listener.accept().unwrap();
+        guest.write_all(b"the host hears:\n").unwrap();
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = guest.read(&mut buffer) {
+            guest.write_all(&buffer[..n]).unwrap();
+        }
+    });
+}
+
+#[test]
+fn sockets_lead_from_guest_to_host_and_back() {
+    const NAME: &str = "sockets_lead_from_guest_to_host_and_back";
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vsock");
+    answer(UnixListener::bind(dir.path().join("vsock_7000")).unwrap());
+    let script = "seq 1 50000|vsock connect 7000|md5sum;echo a line of the guest|vsock listen 52;vsock connect 1 < /dev/null";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    let mut machine = Machine::start(
+        run.arg("--vsock")
+            .arg(format!("cid=3,path={}", socket.display())),
+    );
+    machine.expect("VSOCK-LISTENS");
+    let mut to_guest = BufReader::new(UnixStream::connect(&socket).unwrap());
+    to_guest.get_mut().write_all(b"CONNECT 52\n").unwrap();
+    let mut line = String::new();
+    to_guest.read_line(&mut line).unwrap();
+    assert!(line.starts_with("OK "), "{line}");
+    to_guest
+        .get_mut()
+        .write_all(b"a line of the host\n")
+        .unwrap();
+    line.clear();
+    to_guest.read_line(&mut line).unwrap();
+    assert_eq!(line, "a line of the guest\n");
+    machine.expect("a line of the host");
+    drop(to_guest);
+    let (status, text) = machine.wait();
+    assert!(status.success(), "{text}");
+    // The digest of the host's line and the numbers from 1 to 50000.
+    assert!(
+        text.contains("1440b9a3f87417a2e27a1a3690e96950  -"),
+        "{text}"
+    );
+    assert!(text.contains("vsock: Connection reset by peer"), "{text}");
+}
+
+#[test]
+fn split_rings_carry_disks_and_packets() {
+    const NAME: &str = "split_rings_carry_disks_and_packets";
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("a.raw");
+    std::fs::write(&disk, vec![b'x'; 8 << 20]).unwrap();
+    let port = serve("a page from the host ".repeat(5000));
+    let script = format!(
+        "cat /sys/bus/virtio/devices/virtio0/features;md5sum /dev/vda;seq 1 200000|dd of=/dev/vda bs=64k conv=fsync;head -c 1288895 /dev/vda|md5sum;seq 1 200000|md5sum;ifconfig eth0 10.0.2.15 up;wget -q -O - http://10.0.2.2:{port}/|wc -c"
+    );
+    for packed in [false, true] {
+        std::fs::write(&disk, vec![b'x'; 8 << 20]).unwrap();
+        let Some(mut run) = guest(NAME, &script) else {
+            return;
+        };
+        let word = if packed { "on" } else { "off" };
+        run.args(["--cpus", "2", "--net", &format!("user,packed={word}")]);
+        run.arg("--disk")
+            .arg(format!("{},format=raw,packed={word}", disk.display()));
+        let text = run_to_end(&mut run);
+        let features = text
+            .lines()
+            .find(|l| l.len() == 64 && l.starts_with(['0', '1']));
+        let negotiated = features.unwrap_or_default().as_bytes()[34] == b'1';
+        assert_eq!(negotiated, packed, "{text}");
+        let sums: Vec<&str> = text.lines().filter(|l| l.ends_with("  -")).collect();
+        assert!(sums.len() == 2 && sums[0] == sums[1], "{text}");
+        assert!(
+            text.contains("2058fb53f643fcd58a8d83a05542392b  /dev/vda"),
+            "{text}"
+        );
+        assert!(text.contains("\n105000\n"), "{text}");
+    }
+}
+
+#[test]
+fn a_tap_of_two_queues_carries_the_guest_to_the_host() {
+    const NAME: &str = "a_tap_of_two_queues_carries_the_guest_to_the_host";
+    // In a network of its own, which goes with the shell.
+    const HOST: &str = "ip link set lo up && ip tuntap add dev tap0 mode tap multi_queue && ip addr add 10.77.0.1/24 dev tap0 \
+        && ip link set tap0 up || exit 99; cd $0; busybox httpd -f -p 10.77.0.1:80 & server=$!; \"$@\"; status=$?; kill $server; exit $status";
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(
+        dir.path().join("page"),
+        "a page from the host ".repeat(50_000),
+    )
+    .unwrap();
+    let script = "ifconfig eth0 10.77.0.2 up;ls /sys/class/net/eth0/queues;for n in 1 2 3 4;do (wget -q -O - http://10.77.0.1/page|md5sum)& done;wait;cat /proc/interrupts";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    run.args(["--cpus", "2", "--net", "tap,ifname=tap0,queues=2"]);
+    let mut shell = std::process::Command::new("unshare");
+    shell.args(["--net", "sh", "-c", HOST]).arg(dir.path());
+    shell.arg(run.get_program()).args(run.get_args());
+    let (status, text) = Machine::start(&mut shell).wait();
+    if matches!(status.code(), Some(1 | 99)) && text.is_empty() {
+        println!("skipped: {NAME}: needs root and /dev/net/tun");
+        return;
+    }
+    assert!(status.success(), "{status} {text}");
+    for queue in ["rx-0", "rx-1", "tx-0", "tx-1"] {
+        assert!(text.contains(queue), "{queue}: {text}");
+    }
+    assert_eq!(
+        text.matches("39f6d3485829a76f6580d6611d10bff0  -").count(),
+        4,
+        "{text}"
+    );
+}
+
 #[test]
 fn every_way_to_reset_ends_in_a_reset() {
     for (machine, way) in [
@@ -273,6 +396,109 @@ fn qmp_stops_continues_and_quits() {
     say("quit", Some("SHUTDOWN"));
     let (status, _) = machine.wait();
     assert!(status.success());
+}
+
+/// A client of QMP.
+struct Qmp {
+    stream: BufReader<UnixStream>,
+    /// Events that came while an answer was waited for.
+    events: VecDeque<serde_json::Value>,
+}
+
+impl Qmp {
+    fn connect(socket: &std::path::Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(machine::LIMIT)).unwrap();
+        let mut qmp = Self {
+            stream: BufReader::new(stream),
+            events: VecDeque::new(),
+        };
+        assert!(qmp.read()["QMP"].is_object());
+        qmp.say(r#"{"execute":"qmp_capabilities"}"#);
+        qmp
+    }
+
+    fn read(&mut self) -> serde_json::Value {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn say(&mut self, text: &str) -> serde_json::Value {
+        writeln!(self.stream.get_mut(), "{text}").unwrap();
+        loop {
+            let answer = self.read();
+            if answer.get("event").is_none() {
+                return answer;
+            }
+            self.events.push_back(answer);
+        }
+    }
+
+    /// Waits for an event.
+    fn hear(&mut self, event: &str) -> serde_json::Value {
+        loop {
+            let message = self.events.pop_front().unwrap_or_else(|| self.read());
+            if message["event"] == event {
+                return message["data"].clone();
+            }
+        }
+    }
+}
+
+#[test]
+fn the_balloon_takes_memory_and_gives_it_back() {
+    const NAME: &str = "the_balloon_takes_memory_and_gives_it_back";
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    // The guest goes on once its memory has shrunk by more than 100 MiB, and then once it is back.
+    let script = "t(){ while read a b c;do case $a in MemTotal:) m=$b;;esac;done < /proc/meminfo; };t;o=$m;echo READY-$o;while t;[ $m -gt $((o-100000)) ];do sleep 0.1;done;echo SMALL-$((o-m));while t;[ $m -lt $o ];do sleep 0.1;done";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    run.arg("--qmp").arg(format!("unix:{}", socket.display()));
+    let mut machine = Machine::start(run.arg("--balloon"));
+    machine.expect("READY-4");
+    let mut qmp = Qmp::connect(&socket);
+    let actual =
+        |qmp: &mut Qmp| qmp.say(r#"{"execute":"query-balloon"}"#)["return"]["actual"].as_u64();
+    assert_eq!(actual(&mut qmp), Some(512 << 20));
+    let less = r#"{"execute":"balloon","arguments":{"value":402653184}}"#;
+    assert!(qmp.say(less)["return"].is_object());
+    machine.expect("SMALL-131072");
+    while qmp.hear("BALLOON_CHANGE")["actual"] != 402_653_184 {}
+    assert_eq!(actual(&mut qmp), Some(384 << 20));
+    let all = r#"{"execute":"balloon","arguments":{"value":536870912}}"#;
+    assert!(qmp.say(all)["return"].is_object());
+    let (status, text) = machine.wait();
+    assert!(status.success() && text.contains("GUEST-DONE"), "{text}");
+}
+
+#[test]
+fn a_cable_can_be_pulled() {
+    const NAME: &str = "a_cable_can_be_pulled";
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    let script = "ifconfig eth0 up;c(){ while [ $(cat /sys/class/net/eth0/carrier) != $1 ];do sleep 0.1;done;echo CARRIER-$1; };c 1;c 0;c 1";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    run.arg("--qmp").arg(format!("unix:{}", socket.display()));
+    let mut machine = Machine::start(run.args(["--net", "user"]));
+    machine.expect("CARRIER-1");
+    let mut qmp = Qmp::connect(&socket);
+    let link = |name: &str, up: bool| {
+        format!(r#"{{"execute":"set_link","arguments":{{"name":"{name}","up":{up}}}}}"#)
+    };
+    assert!(qmp.say(&link("net0", false))["return"].is_object());
+    machine.expect("CARRIER-0");
+    assert!(qmp.say(&link("net0", true))["return"].is_object());
+    let wrong = qmp.say(&link("net7", true));
+    assert_eq!(wrong["error"]["class"], "DeviceNotFound", "{wrong}");
+    let none = qmp.say(r#"{"execute":"query-balloon"}"#);
+    assert_eq!(none["error"]["class"], "DeviceNotActive", "{none}");
+    let (status, text) = machine.wait();
+    assert!(status.success() && text.contains("GUEST-DONE"), "{text}");
 }
 
 #[test]

@@ -45,6 +45,9 @@ pub(crate) fn guest_with(test: &str, script: &str, arguments: &str) -> Option<Co
     ]);
     run.arg("--append")
         .arg(format!("console=ttyS0 {arguments} run={script}"));
+    // The tests leave the user's folders alone.
+    let cache = concat!(env!("CARGO_TARGET_TMPDIR"), "/kernels");
+    run.args(["--kernel-cache", cache]);
     run.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
     Some(run)
 }

@@ -116,6 +116,84 @@ fn what_can_t_be_opened_ends_with_status_1() {
 }
 
 #[test]
+fn an_image_that_another_machine_has_open_is_refused() {
+    const NAME: &str = "an_image_that_another_machine_has_open_is_refused";
+    let dir = tempfile::tempdir().unwrap();
+    let image = path(dir.path(), "shared", &[7; 65536]);
+    let disk = format!("{image},format=raw");
+    let Some(mut first) = machine::guest(NAME, "sleep 1000") else {
+        return;
+    };
+    let mut first = machine::Machine::start(first.args(["--disk", &disk]));
+    first.expect("GUEST-USER-SPACE");
+    let Some(mut second) = machine::guest(NAME, "true") else {
+        return;
+    };
+    let second = second
+        .args(["--disk", &disk])
+        .stdin(std::process::Stdio::null());
+    let output = second.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let holder = format!("in use by process {}", first.id());
+    assert!(said.contains(&image) && said.contains(&holder), "{said}");
+    assert!(output.stdout.is_empty());
+    // It is free as soon as the first is gone, however that ended.
+    drop(first);
+    let Some(mut third) = machine::guest(NAME, "md5sum /dev/vda") else {
+        return;
+    };
+    machine::run_to_end(third.args(["--disk", &disk]));
+    assert_eq!(std::fs::read(&image).unwrap(), [7; 65536]);
+}
+
+#[test]
+fn broken_kernels_and_ram_disks_end_in_a_line() {
+    const NAME: &str = "broken_kernels_and_ram_disks_end_in_a_line";
+    let Some(whole) = std::env::var_os("CORTEN_TEST_KERNEL") else {
+        println!("skipped: {NAME}: needs the guest that 'cargo xtask test' makes");
+        return;
+    };
+    let initrd = std::env::var_os("CORTEN_TEST_INITRD").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let soft = ["--accel", "soft", "--serial", "null", "--memory", "256M"];
+    let (kernel, whole) = (std::fs::read(&whole).unwrap(), whole.to_str().unwrap());
+    for (name, bytes) in [
+        ("half", &kernel[..kernel.len() / 2]),
+        ("setup only", &kernel[..2048]),
+        ("no setup", &kernel[..700]),
+    ] {
+        let broken = path(dir.path(), name, bytes);
+        let none = ["--kernel-cache", "none", "--kernel", &broken];
+        check(&[&soft[..], &none].concat(), 1, name);
+    }
+    let missing = ["--kernel", whole, "--initrd", "/nonexistent/initrd"];
+    check(&[&soft[..], &missing].concat(), 1, "/nonexistent/initrd");
+    let huge = path(dir.path(), "huge", b"");
+    let file = std::fs::File::options().write(true).open(&huge).unwrap();
+    file.set_len(300 << 20).unwrap();
+    let large = ["--kernel", whole, "--initrd", &huge];
+    check(&[&soft[..], &large].concat(), 1, "huge");
+
+    // A RAM disk that is cut off is the kernel's to judge: it panics, and the machine ends.
+    let initrd = std::fs::read(initrd).unwrap();
+    let cut = path(dir.path(), "cut", &initrd[..initrd.len() / 2]);
+    let Some(output) = refused(
+        &[
+            &soft[..],
+            &["--no-reboot", "--append", "panic=-1", "--kernel", whole],
+            &["--initrd", &cut],
+        ]
+        .concat(),
+    ) else {
+        return;
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("corten: the guest has reset"), "{said}");
+}
+
+#[test]
 fn the_specification_can_be_printed() {
     let Some(output) = refused(&["--print-spec", "--disk", "a.img", "--net", "user"]) else {
         return;

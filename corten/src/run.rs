@@ -2,7 +2,7 @@
 
 #![allow(rustdoc::broken_intra_doc_links)] // the doc comments here are help texts, with brackets of their own
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -58,11 +58,12 @@ pub(crate) struct RunArguments {
     append: Option<String>,
     /// Disk: FILE[,format=raw|qcow2][,readonly=on][,snapshot=on][,cache=writeback|writethrough|none|directsync|unsafe]
     /// [,aio=io_uring|threads][,discard=ignore|unmap][,detect-zeroes=off|on|unmap][,bus=virtio][,serial=TEXT]
-    /// [,logical_block_size=512|4096][,queues=N]; may be given several times
+    /// [,logical_block_size=512|4096][,queues=N][,packed=on|off]; may be given several times
     #[arg(long, value_name = "DISK")]
     disk: Vec<String>,
     /// Network card: user[,hostfwd=tcp|udp:[HOSTADDR:]HOSTPORT-[GUESTADDR:]GUESTPORT]…[,restrict=on][,hostname=NAME],
-    /// tap,ifname=NAME, or none; each also takes mac=ADDRESS and queues=N; may be given several times (default: none)
+    /// tap,ifname=NAME, or none; each also takes mac=ADDRESS, queues=N and packed=on|off; may be
+    /// given several times (default: none)
     #[arg(long, value_name = "NET")]
     net: Vec<String>,
     /// Serial port COM1 and on: stdio, file:PATH, unix:PATH[,server][,wait=off], tcp:HOST:PORT[,server][,wait=off], pty,
@@ -99,6 +100,9 @@ pub(crate) struct RunArguments {
     /// Say on standard error at the end what the vCPUs have done: instructions, MIPS, translation, exits
     #[arg(long)]
     stats: bool,
+    /// Where decompressed kernels are kept for the next machine: a folder, or none (default: corten/kernels in the user's cache folder)
+    #[arg(long, value_name = "FOLDER")]
+    kernel_cache: Option<PathBuf>,
     /// Say on standard error when the guest's first instruction runs
     #[arg(long, hide = true)]
     announce_start: bool,
@@ -230,8 +234,11 @@ fn vsock(text: &str) -> Result<VsockSpec, OptionError> {
     })
 }
 
-/// The folder for decompressed kernels, in the user's cache folder (XDG Base Directory Specification 0.8).
-fn kernel_cache() -> Option<PathBuf> {
+/// The folder for decompressed kernels: as given, else in the user's cache folder (XDG Base Directory Specification 0.8).
+fn kernel_cache(given: Option<&Path>) -> Option<PathBuf> {
+    if let Some(given) = given {
+        return (given != Path::new("none")).then(|| given.to_owned());
+    }
     let folder = |name| {
         std::env::var_os(name)
             .map(PathBuf::from)
@@ -269,7 +276,7 @@ pub(crate) fn run(arguments: &RunArguments) -> ExitCode {
         qmp,
         pidfile: arguments.pidfile.clone(),
         paused: arguments.paused,
-        kernel_cache: kernel_cache(),
+        kernel_cache: kernel_cache(arguments.kernel_cache.as_deref()),
         announce_start: arguments.announce_start,
         statistics: arguments.stats,
     };
@@ -286,4 +293,16 @@ pub(crate) fn run(arguments: &RunArguments) -> ExitCode {
 fn failed(why: &dyn std::fmt::Display) -> ExitCode {
     eprintln!("corten run: {why}");
     ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_cache_is_where_it_is_said_or_nowhere() {
+        assert_eq!(kernel_cache(Some(Path::new("none"))), None);
+        let given = Path::new("some/folder");
+        assert_eq!(kernel_cache(Some(given)).as_deref(), Some(given));
+    }
 }

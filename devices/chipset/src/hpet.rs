@@ -154,8 +154,8 @@ struct State {
     counter: u64,
     since: u64,
     timers: [TimerState; TIMERS],
-    /// The counter at which each armed timer is due.
-    due: [Option<u64>; TIMERS],
+    /// The counter at which each armed timer is due, and the guest time of that.
+    due: [Option<(u64, u64)>; TIMERS],
     /// The line that each timer drives, with where it goes.
     lines: [Option<(Route, IrqLine)>; TIMERS],
 }
@@ -311,7 +311,7 @@ impl Hpet {
         let counter = state.counter(now);
         let due = match state.due[n] {
             // Armed already for what it would be armed for now, though the counter may have just met it.
-            Some(due) if due == timer.comparator => return,
+            Some((due, _)) if due == timer.comparator => return,
             _ if timer.has_passed(counter) => 0,
             _ => timer.distance(counter),
         };
@@ -320,16 +320,19 @@ impl Hpet {
         if timer.config.periodic() && timer.period.saturating_mul(PERIOD_NS) < SHORTEST_PERIOD {
             at = at.max(now.saturating_add(SHORTEST_PERIOD));
         }
-        state.due[n] = Some(timer.comparator);
+        state.due[n] = Some((timer.comparator, at));
         self.wake[n].arm(at);
     }
 
     /// Timer `n` is due.
     fn expire(&self, n: usize) {
         let mut state = self.state.lock();
-        if state.due[n].take().is_none() || !state.running() {
+        // A call may have begun for an earlier deadline, while the guest set a new one that has yet to come.
+        let due = state.due[n].filter(|(_, at)| *at <= self.clock.now());
+        if due.is_none() || !state.running() {
             return;
         }
+        state.due[n] = None;
         let counter = state.counter(self.clock.now());
         let timer = &mut state.timers[n];
         if timer.config.periodic() {
@@ -595,6 +598,21 @@ mod tests {
         let passed = b.clock.now();
         let most = passed / SHORTEST_PERIOD + 2;
         assert!(b.gsi[20].edges() as u64 <= most, "in {passed} ns");
+    }
+
+    /// The clock's thread may be on its way with a call while the guest sets another deadline.
+    #[test]
+    fn a_call_for_an_earlier_deadline_does_nothing() {
+        let b = bench();
+        b.put(TIM0_CONF, 0x4c | 20 << 9);
+        b.put(TIM0_CONF + 8, 1);
+        b.put(GEN_CONF, ENABLE_CNF);
+        b.hpet.expire(0);
+        assert_eq!((b.gsi[20].edges(), b.get(TIM0_CONF + 8)), (0, 1));
+        b.clock.set(SHORTEST_PERIOD);
+        b.hpet.expire(0);
+        assert_eq!(b.gsi[20].edges(), 1);
+        assert_eq!(b.get(TIM0_CONF + 8), SHORTEST_PERIOD / PERIOD_NS + 1);
     }
 
     #[test]

@@ -56,6 +56,34 @@ impl GuestClock {
         }))
     }
 
+    /// A clock that stands at zero and moves only by [`Self::advance`]: for tests that must run the same way each time.
+    /// It has no thread, and is not to be resumed.
+    pub fn stepped() -> Self {
+        let time = Arc::new(Time {
+            zero: AtomicI64::new(STOPPED),
+            stopped_at: AtomicU64::new(0),
+        });
+        Self(Arc::new(Inner {
+            time,
+            change: Mutex::new(()),
+            timers: TimerQueue::without_thread(),
+        }))
+    }
+
+    /// Moves a [stepped](Self::stepped) clock by `nanoseconds`, then fires what is due on the caller's thread, earliest
+    /// first: also timers that these calls arm for a time that has come, but no more than `at_most` calls in all.
+    /// Returns how many there were.
+    ///
+    /// # Panics
+    /// When the clock is running.
+    pub fn advance(&self, nanoseconds: u64, at_most: usize) -> usize {
+        let now = self.now().saturating_add(nanoseconds);
+        self.set(now);
+        (0..at_most)
+            .take_while(|_| self.0.timers.fire_one(now))
+            .count()
+    }
+
     /// Nanoseconds of guest time.
     pub fn now(&self) -> u64 {
         self.0.time.now()
@@ -224,5 +252,27 @@ mod tests {
             fired.recv_timeout(Duration::from_secs(5)).unwrap();
         }
         own.lock().take();
+    }
+
+    #[test]
+    fn a_stepped_clock_fires_on_the_callers_thread_and_no_more_than_is_asked() {
+        let clock = GuestClock::stepped();
+        let fired = Arc::new(AtomicU64::new(0));
+        let (count, own) = (fired.clone(), Arc::new(Mutex::new(None::<Timer>)));
+        let again = Arc::downgrade(&own);
+        let timer = clock.timer(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            // Armed for a time that has come: due again at once.
+            if let Some(timer) = again.upgrade().as_ref().and_then(|t| t.try_lock()) {
+                timer.as_ref().unwrap().arm(10);
+            }
+        });
+        timer.arm(10);
+        *own.lock() = Some(timer);
+        assert_eq!(clock.advance(9, 100), 0);
+        assert_eq!(clock.advance(1, 7), 7);
+        assert_eq!((clock.now(), fired.load(Ordering::SeqCst)), (10, 7));
+        own.lock().take();
+        assert_eq!(clock.advance(1, 7), 0);
     }
 }

@@ -85,6 +85,24 @@ impl TimerQueue {
         Self(shared)
     }
 
+    /// An empty queue whose timers only [`Self::fire_one`] fires.
+    pub(crate) fn without_thread() -> Self {
+        Self(Arc::default())
+    }
+
+    /// Fires the earliest timer that is due by `now`. False when there is none.
+    pub(crate) fn fire_one(&self, now: u64) -> bool {
+        let mut queue = self.0.queue.lock();
+        let first = queue.armed.first_entry();
+        let Some(first) = first.filter(|first| first.key().0 <= now) else {
+            return false;
+        };
+        let fire = first.remove();
+        drop(queue);
+        fire();
+        true
+    }
+
     pub(crate) fn timer(&self, fire: impl Fn() + Send + Sync + 'static) -> Timer {
         Timer {
             shared: self.0.clone(),

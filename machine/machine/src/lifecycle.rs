@@ -32,6 +32,8 @@ pub(crate) enum Request {
     Reset,
     /// Press the power button for a person.
     PowerButton,
+    /// The balloon has another size.
+    BalloonChanged,
     /// End for a person.
     Quit,
     /// The host asks for an end (SIGTERM): the first presses the power button, the next one quits.

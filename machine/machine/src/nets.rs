@@ -6,7 +6,7 @@ use std::sync::Arc;
 use network_cards::tap::{Tap, TapConfig};
 use network_cards::user::{HostForward, Transport, UserNet, UserNetConfig};
 use network_cards::{NetBackend, NetError};
-use virtio::net::{Net, NetOptions};
+use virtio::net::{Net, NetHandle, NetOptions};
 use vm_spec::{Forward, MacAddress, NetLink, NetSpec, Protocol, UserLink};
 
 /// The Ethernet address that the first card gets by itself, as QEMU's users know it; the others count on.
@@ -42,7 +42,10 @@ fn mac(spec: &NetSpec, number: usize) -> [u8; 6] {
 }
 
 /// Makes the virtio card number `number` on its link.
-pub(crate) fn virtio_card(spec: &NetSpec, number: usize) -> Result<Box<Net>, NetError> {
+pub(crate) fn virtio_card(
+    spec: &NetSpec,
+    number: usize,
+) -> Result<(Box<Net>, NetHandle), NetError> {
     let (backend, most): (Arc<dyn NetBackend>, u16) = match &spec.link {
         NetLink::User(link) => (Arc::new(user(link)?), 1),
         NetLink::Tap(link) => {
@@ -55,6 +58,6 @@ pub(crate) fn virtio_card(spec: &NetSpec, number: usize) -> Result<Box<Net>, Net
     };
     let mut options = NetOptions::new(mac(spec, number));
     options.queue_pairs = spec.queues.min(most);
-    let (device, _handle) = Net::new(backend, options)?;
-    Ok(Box::new(device))
+    let (device, handle) = Net::new(backend, options)?;
+    Ok((Box::new(device), handle))
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use qmp::{Control, Event, RunState, Server};
 use vm_spec::VmSpec;
 
 use crate::MachineError;
-use crate::board::{self, Base, Board, Peripherals};
+use crate::board::{self, Base, Board, Controls, Peripherals};
 use crate::cpu_model::CpuModel;
 use crate::firmware::{AcpiConfig, SmbiosConfig, write_acpi, write_reset_vector, write_smbios};
 use crate::io::Buses;
@@ -64,6 +65,7 @@ struct Machine {
     spec: VmSpec,
     base: Base,
     board: Box<dyn Board>,
+    controls: Controls,
     lifecycle: Arc<Lifecycle>,
     threads: Vec<JoinHandle<()>>,
     requests: Receiver<Request>,
@@ -190,16 +192,19 @@ impl Machine {
             map,
         };
         let mut board = board::build(&base, spec)?;
+        let mut controls = Controls::default();
         Peripherals {
             base: &base,
             board: &mut *board,
             lifecycle: &lifecycle,
+            controls: &mut controls,
         }
         .add(spec)?;
         let mut machine = Self {
             spec: spec.clone(),
             base,
             board,
+            controls,
             lifecycle,
             threads: Vec::new(),
             requests,
@@ -275,6 +280,8 @@ impl Machine {
         let control = Arc::new(QmpControl {
             requests: self.sender.clone(),
             lifecycle: self.lifecycle.clone(),
+            controls: self.controls.clone(),
+            memory: self.spec.memory.size,
         });
         let qmp = options
             .qmp
@@ -364,6 +371,14 @@ impl Machine {
                         reason: "host-qmp-system-reset",
                     });
                 }
+                Request::BalloonChanged => {
+                    // First, so that a change from now on is told again.
+                    self.controls.balloon_pending.store(false, Ordering::SeqCst);
+                    if let Some(balloon) = &self.controls.balloon {
+                        let actual = self.spec.memory.size.saturating_sub(balloon.actual());
+                        tell(Event::BalloonChange { actual });
+                    }
+                }
                 Request::PowerButton => {
                     tell(Event::Powerdown);
                     self.board.press_power_button();
@@ -444,6 +459,9 @@ fn finish(kernel: Reading) -> Result<PreparedKernel, MachineError> {
 struct QmpControl {
     requests: Sender<Request>,
     lifecycle: Arc<Lifecycle>,
+    controls: Controls,
+    /// Bytes of memory that the guest has without a balloon.
+    memory: u64,
 }
 
 impl QmpControl {
@@ -482,5 +500,26 @@ impl Control for QmpControl {
 
     fn quit(&self) {
         self.post(Request::Quit);
+    }
+
+    fn balloon(&self, target: u64) -> bool {
+        let Some(balloon) = &self.controls.balloon else {
+            return false;
+        };
+        balloon.set_target(self.memory.saturating_sub(target));
+        true
+    }
+
+    fn query_balloon(&self) -> Option<u64> {
+        let balloon = self.controls.balloon.as_ref()?;
+        Some(self.memory.saturating_sub(balloon.actual()))
+    }
+
+    fn set_link(&self, name: &str, up: bool) -> bool {
+        let card = self.controls.nets.iter().find(|(n, _)| n == name);
+        if let Some((_, card)) = card {
+            card.set_link(up);
+        }
+        card.is_some()
     }
 }

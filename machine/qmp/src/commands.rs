@@ -46,11 +46,19 @@ pub trait Control: Send + Sync {
     fn system_powerdown(&self);
     /// Ends the machine.
     fn quit(&self);
+    /// Asks the guest to make do with `target` bytes of memory. False when there is no balloon.
+    fn balloon(&self, target: u64) -> bool;
+    /// The memory that the guest has left, in bytes; `None` when there is no balloon.
+    fn query_balloon(&self) -> Option<u64>;
+    /// Plugs the cable of the card of this name in or pulls it. False when there is none.
+    fn set_link(&self, name: &str, up: bool) -> bool;
 }
 
 /// QEMU's error classes.
 pub(crate) const GENERIC: &str = "GenericError";
 pub(crate) const NOT_FOUND: &str = "CommandNotFound";
+const DEVICE_NOT_ACTIVE: &str = "DeviceNotActive";
+const DEVICE_NOT_FOUND: &str = "DeviceNotFound";
 
 /// An error as it goes over the wire.
 #[derive(Debug, PartialEq, Eq)]
@@ -128,9 +136,77 @@ enum Run {
     Ask(fn(&dyn Control) -> Value),
     /// It does something.
     Do(fn(&dyn Control)),
+    /// It takes arguments, or may refuse.
+    With(fn(&dyn Control, &mut Arguments) -> Result<Value, Refusal>),
 }
 
-/// Every command that runs after negotiation and takes no arguments.
+/// The arguments of a command, with QEMU's words for what is wrong with them.
+struct Arguments(Map<String, Value>);
+
+impl Arguments {
+    fn take<T>(
+        &mut self,
+        name: &str,
+        kind: &str,
+        read: fn(&Value) -> Option<T>,
+    ) -> Result<T, Refusal> {
+        let value = self
+            .0
+            .remove(name)
+            .ok_or_else(|| Refusal::generic(format!("Parameter '{name}' is missing")))?;
+        read(&value).ok_or_else(|| {
+            let text = format!("Invalid parameter type for '{name}', expected: {kind}");
+            Refusal::generic(text)
+        })
+    }
+
+    fn finish(&self) -> Result<(), Refusal> {
+        match self.0.keys().next() {
+            Some(key) => Err(Refusal::generic(format!("Parameter '{key}' is unexpected"))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn no_balloon() -> Refusal {
+    Refusal {
+        class: DEVICE_NOT_ACTIVE,
+        text: "No balloon device has been activated".into(),
+    }
+}
+
+fn balloon(machine: &dyn Control, arguments: &mut Arguments) -> Result<Value, Refusal> {
+    let target = arguments.take("value", "integer", Value::as_i64)?;
+    arguments.finish()?;
+    if machine.query_balloon().is_none() {
+        return Err(no_balloon());
+    }
+    match u64::try_from(target) {
+        Ok(target @ 1..) if machine.balloon(target) => Ok(json!({})),
+        _ => Err(Refusal::generic("Parameter 'target' expects a size")),
+    }
+}
+
+fn query_balloon(machine: &dyn Control, arguments: &mut Arguments) -> Result<Value, Refusal> {
+    arguments.finish()?;
+    let actual = machine.query_balloon().ok_or_else(no_balloon)?;
+    Ok(json!({ "actual": actual }))
+}
+
+fn set_link(machine: &dyn Control, arguments: &mut Arguments) -> Result<Value, Refusal> {
+    let name = arguments.take("name", "string", |v| v.as_str().map(str::to_owned))?;
+    let up = arguments.take("up", "boolean", Value::as_bool)?;
+    arguments.finish()?;
+    if machine.set_link(&name, up) {
+        return Ok(json!({}));
+    }
+    Err(Refusal {
+        class: DEVICE_NOT_FOUND,
+        text: format!("Device '{name}' not found"),
+    })
+}
+
+/// Every command that runs after negotiation.
 const COMMANDS: &[(&str, Run)] = &[
     ("query-version", Run::Ask(|_| version())),
     (
@@ -158,6 +234,9 @@ const COMMANDS: &[(&str, Run)] = &[
         Run::Do(|machine| machine.system_powerdown()),
     ),
     ("quit", Run::Do(|machine| machine.quit())),
+    ("balloon", Run::With(balloon)),
+    ("query-balloon", Run::With(query_balloon)),
+    ("set_link", Run::With(set_link)),
 ];
 
 /// A client's state in the protocol.
@@ -189,12 +268,15 @@ impl Session {
             let text = format!("The command {} has not been found", request.name);
             return Err(Refusal::not_found(text));
         };
-        if let Some(key) = request.arguments.keys().next() {
-            return Err(Refusal::generic(format!("Parameter '{key}' is unexpected")));
-        }
+        let mut arguments = Arguments(request.arguments.clone());
         match run {
-            Run::Ask(ask) => Ok(ask(machine)),
+            Run::With(run) => run(machine, &mut arguments),
+            Run::Ask(ask) => {
+                arguments.finish()?;
+                Ok(ask(machine))
+            }
             Run::Do(act) => {
+                arguments.finish()?;
                 act(machine);
                 Ok(json!({}))
             }

@@ -29,6 +29,11 @@ pub enum Event {
     },
     /// The guest's kernel panicked.
     GuestPanicked,
+    /// The guest has given memory up or taken it back.
+    BalloonChange {
+        /// Bytes that it has left.
+        actual: u64,
+    },
 }
 
 impl Event {
@@ -45,6 +50,7 @@ impl Event {
                 "SHUTDOWN",
                 Some(json!({ "guest": guest, "reason": reason })),
             ),
+            Self::BalloonChange { actual } => ("BALLOON_CHANGE", Some(json!({ "actual": actual }))),
             Self::GuestPanicked => ("GUEST_PANICKED", Some(json!({ "action": "run" }))),
         };
         let now = SystemTime::now()

@@ -156,6 +156,17 @@ mod tests {
         fn quit(&self) {
             self.0.lock().push("quit");
         }
+        fn balloon(&self, target: u64) -> bool {
+            self.0.lock().push("balloon");
+            target != 13
+        }
+        fn query_balloon(&self) -> Option<u64> {
+            Some(1 << 20)
+        }
+        fn set_link(&self, name: &str, up: bool) -> bool {
+            self.0.lock().push(if up { "up" } else { "down" });
+            name == "net0"
+        }
     }
 
     struct Talk(BufReader<UnixStream>);

@@ -131,10 +131,12 @@ pub struct DiskSpec {
     pub logical_block_size: u32,
     /// Request queues; 0 for one for each vCPU, up to a limit.
     pub queues: u16,
+    /// The device offers packed rings beside split ones.
+    pub packed: bool,
 }
 
 const KEYS: &str = "file, format, readonly, cache, aio, discard, detect-zeroes, bus, serial, \
-                    snapshot, logical_block_size, queues";
+                    snapshot, logical_block_size, queues, packed";
 
 impl DiskSpec {
     /// A disk with every setting at its default.
@@ -152,6 +154,7 @@ impl DiskSpec {
             snapshot: false,
             logical_block_size: 512,
             queues: 0,
+            packed: true,
         }
     }
 
@@ -205,6 +208,7 @@ impl DiskSpec {
         })? {
             disk.queues = queues;
         }
+        disk.packed = o.take_switch("packed")?.unwrap_or(true);
         o.finish(KEYS)?;
         Ok(disk)
     }

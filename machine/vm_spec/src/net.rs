@@ -141,6 +141,8 @@ pub struct NetSpec {
     pub mac: Option<MacAddress>,
     /// Pairs of queues.
     pub queues: u16,
+    /// The card offers packed rings beside split ones.
+    pub packed: bool,
 }
 
 impl NetSpec {
@@ -177,11 +179,13 @@ impl NetSpec {
         let queues = o.take_parsed("queues", "1 to 16", |t| {
             t.parse().ok().filter(|q| (1..=16).contains(q))
         })?;
-        o.finish("hostfwd, restrict, hostname, ifname, mac, queues")?;
+        let packed = o.take_switch("packed")?.unwrap_or(true);
+        o.finish("hostfwd, restrict, hostname, ifname, mac, queues, packed")?;
         Ok(Some(Self {
             link,
             mac,
             queues: queues.unwrap_or(1),
+            packed,
         }))
     }
 }

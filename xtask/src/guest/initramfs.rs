@@ -16,7 +16,10 @@ pub(crate) enum Purpose<'a> {
     /// Mounts `/dev/vda` and starts its init.
     MountDisk,
     /// Runs the commands of the kernel argument `run=`, in which `+` stands for a space and `;` separates, then powers off.
-    RunCommands,
+    RunCommands {
+        /// A program that they may use, on the host.
+        program: &'a Path,
+    },
     /// Runs a script, which may use a program that lies in `/bin`.
     Measure {
         /// The program, on the host.
@@ -149,7 +152,9 @@ pub(crate) fn build(kernel: &Kernel, purpose: Purpose<'_>, path: &Path) -> Resul
     }
     let (body, program) = match purpose {
         Purpose::MountDisk => (MOUNT_DISK, None),
-        Purpose::RunCommands => (RUN_COMMANDS, None),
+        Purpose::RunCommands { program } => {
+            (RUN_COMMANDS, Some((file_name(program), read(program)?)))
+        }
         Purpose::Measure { program, script } => {
             (script, Some((file_name(program), read(program)?)))
         }

@@ -32,8 +32,13 @@ pub(crate) fn disk_boot() -> Result<Boot> {
 /// Debian's kernel, and a RAM disk with busybox that runs commands given on the kernel command line.
 pub(crate) fn test_guest() -> Result<Boot> {
     let kernel = kernel::fetch()?;
-    let initrd = host::folder("guest")?.join("initrd-test.img");
-    initramfs::build(&kernel, initramfs::Purpose::RunCommands, &initrd)?;
+    let folder = host::folder("guest")?;
+    let (program, initrd) = (folder.join("vsock"), folder.join("initrd-test.img"));
+    let mut compile = host::command("gcc");
+    compile.args(["-O2", "-static", "-o"]).arg(&program);
+    host::run_quietly(compile.arg("tests/guest/vsock.c"))?;
+    let purpose = initramfs::Purpose::RunCommands { program: &program };
+    initramfs::build(&kernel, purpose, &initrd)?;
     Ok(Boot {
         kernel: kernel.image,
         initrd,

@@ -109,6 +109,26 @@ struct Flight {
     epoch: u64,
     /// Tasks that have not ended, of all epochs.
     tasks: u32,
+    /// Those of them that are of earlier epochs.
+    forgotten: u32,
+}
+
+impl Flight {
+    /// Forgets the commands that run. Their tasks go on to their next step.
+    fn forget(&mut self) {
+        self.epoch += 1;
+        self.forgotten = self.tasks;
+    }
+
+    /// A task of an epoch has ended. True if its command is still the guest's business.
+    fn land(&mut self, epoch: u64) -> bool {
+        self.tasks -= 1;
+        let wanted = epoch == self.epoch;
+        if !wanted {
+            self.forgotten -= 1;
+        }
+        wanted
+    }
 }
 
 struct Inner {
@@ -205,9 +225,15 @@ impl Port {
         })
     }
 
+    /// Tasks that have not ended.
+    #[cfg(test)]
+    pub(super) fn tasks(&self) -> u32 {
+        self.inner.lock().flight.tasks
+    }
+
     pub(super) fn reset(&self) {
         let mut inner = self.inner.lock();
-        inner.flight.epoch += 1;
+        inner.flight.forget();
         inner.state = State::new(self.disk.is_some());
         self.sync(&inner.state, false);
     }
@@ -279,7 +305,7 @@ impl Port {
             state.tfd &= !0x88;
         }
         if stops {
-            inner.flight.epoch += 1;
+            inner.flight.forget();
             state.forget_commands();
         }
     }
@@ -290,7 +316,7 @@ impl Port {
         state.sctl = value & 0xfff;
         let now = state.sctl & SCTL_DET;
         if now == 1 && before != 1 {
-            inner.flight.epoch += 1;
+            inner.flight.forget();
             state.forget_commands();
             state.ssts = 0;
             state.set_task_file(STATUS_BUSY, 0);
@@ -317,7 +343,8 @@ impl Port {
             if !idle || state.ci == 0 || self.disk.is_none() {
                 return;
             }
-            if !self.hub.function.is_bus_master() {
+            // A guest that does not wait for PxCMD.CR may not pile up what it has given up.
+            if inner.flight.forgotten != 0 || !self.hub.function.is_bus_master() {
                 return;
             }
             let slot = state.ci.trailing_zeros();
@@ -339,6 +366,13 @@ impl Port {
         }
         let registers = Registers::from_fis(&fis);
         let queued = is_queued(registers.command) && inner.state.sact & 1 << slot != 0;
+        if queued && inner.state.queued & 1 << slot != 0 {
+            // The disk has a command with this tag.
+            inner.state.ci &= !(1 << slot);
+            let abort = Failure::Disk(ERROR_ABORT);
+            self.fail(inner, slot, true, registers.lba, abort);
+            return false;
+        }
         if !queued && inner.state.queued != 0 {
             return false;
         }
@@ -586,13 +620,12 @@ impl Port {
 
     fn task_ended(&self, command: &Command, result: Result<Done, Failure>) {
         let mut inner = self.inner.lock();
-        inner.flight.tasks -= 1;
-        if inner.flight.epoch != command.epoch {
-            return;
+        let wanted = inner.flight.land(command.epoch);
+        if wanted {
+            self.end(&mut inner, command, result);
         }
-        self.end(&mut inner, command, result);
         self.start_commands(&mut inner);
-        self.sync(&inner.state, true);
+        self.sync(&inner.state, wanted);
     }
 
     fn end(&self, inner: &mut Inner, command: &Command, result: Result<Done, Failure>) {
@@ -643,7 +676,7 @@ impl Port {
         if queued {
             state.failed = Some((slot, error, lba));
             // The disk gives the others up with it.
-            inner.flight.epoch += 1;
+            inner.flight.forget();
             state.queued = 0;
             self.send_device_bits(state, 0);
         } else {

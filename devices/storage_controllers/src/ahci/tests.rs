@@ -250,6 +250,35 @@ fn queued_commands_run_together() {
     assert_ne!(b.get_port(PX_IS) & IS_SDBS, 0);
 }
 
+/// However fast the guest issues commands and gives them up, and however slow the disk is, there are no more tasks than slots.
+#[test]
+fn commands_do_not_pile_up_behind_a_slow_disk() {
+    let b = bench(false);
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    b.ahci._disks[0].link.spawn(move |_| async move {
+        let _ = held.recv();
+    });
+    let tasks = || b.ahci.ports[0].tasks();
+    b.prepare(0, READ_FPDMA_QUEUED, 0, 0, 2, 1024);
+    b.put_port(PX_SACT, 1);
+    b.put_port(PX_CI, 1);
+    assert_eq!(tasks(), 1);
+    // The same tag again.
+    b.put_port(PX_CI, 1);
+    assert_eq!(b.get_port(PX_TFD) >> 8, u32::from(ERROR_ABORT));
+    for _ in 0..100 {
+        b.put_port(PX_CMD, CMD_FRE);
+        b.put_port(PX_CMD, CMD_FRE | CMD_ST);
+        b.put_port(PX_SACT, 1);
+        b.put_port(PX_CI, 1);
+        assert_eq!(tasks(), 1);
+    }
+    drop(release);
+    b.wait(|| b.get_port(PX_SACT) == 0);
+    b.wait(|| tasks() == 0);
+    assert_eq!(b.get_port(PX_CI), 0);
+}
+
 #[test]
 fn errors_halt_the_port_until_it_is_stopped() {
     let b = bench(false);

@@ -26,6 +26,8 @@ pub struct MmioWiring {
     pub doorbells: Option<Arc<dyn Doorbells>>,
     /// The device's interrupt, a level.
     pub interrupt: IrqLine,
+    /// Feature bits that are not offered though the device has them.
+    pub withheld: u64,
 }
 
 /// The only way to interrupt is the line.
@@ -75,7 +77,7 @@ impl VirtioMmio {
             signals.clone(),
             doorbells.clone(),
             0,
-            0,
+            wiring.withheld,
         );
         Ok(Arc::new(Self {
             name: name.into(),
@@ -266,6 +268,7 @@ mod tests {
             memory: memory.clone(),
             doorbells: None,
             interrupt: pin.line(),
+            withheld: 0,
         };
         let device = VirtioMmio::new("rng", Box::new(Rng::new(None).unwrap()), wiring).unwrap();
         let bus = IoBus::memory();

@@ -58,7 +58,12 @@ impl Board for Microvm {
         &mut self.core
     }
 
-    fn plug(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+    fn plug(
+        &mut self,
+        name: String,
+        device: Box<dyn VirtioDevice>,
+        withheld: u64,
+    ) -> Result<(), MachineError> {
         let number = self.transports.len();
         if number == MAX_DEVICES {
             let text = format!("--machine: microvm has room for {MAX_DEVICES} virtio devices");
@@ -71,6 +76,7 @@ impl Board for Microvm {
             memory: self.base.memory.clone(),
             doorbells: Some(doorbells),
             interrupt: self.core.pins.gsi[gsi].line(),
+            withheld,
         };
         let device = VirtioMmio::new(&name, device, wiring)
             .map_err(|e| MachineError::host(format!("event descriptors for {name}"), e))?;

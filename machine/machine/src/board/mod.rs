@@ -21,7 +21,7 @@ use crate::io::Controllers;
 use crate::memory_map::MemoryMap;
 use core::Core;
 use microvm::Microvm;
-pub(crate) use peripherals::Peripherals;
+pub(crate) use peripherals::{Controls, Peripherals};
 use q35::Q35;
 
 /// What every board is built on.
@@ -39,11 +39,16 @@ pub(crate) trait Board {
     fn core(&self) -> &Core;
     fn core_mut(&mut self) -> &mut Core;
 
-    /// Adds a virtio device, in the board's own way.
+    /// Adds a virtio device, in the board's own way. `withheld` are features that it does not offer though it has them.
     ///
     /// # Errors
     /// When there is no room for it.
-    fn plug(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError>;
+    fn plug(
+        &mut self,
+        name: String,
+        device: Box<dyn VirtioDevice>,
+        withheld: u64,
+    ) -> Result<(), MachineError>;
 
     /// What ACPI is to say of it.
     fn platform(&self) -> Platform;

@@ -127,13 +127,18 @@ impl Board for Q35 {
     }
 
     /// Plugs the device into the first free slot of the root bus.
-    fn plug(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+    fn plug(
+        &mut self,
+        name: String,
+        device: Box<dyn VirtioDevice>,
+        withheld: u64,
+    ) -> Result<(), MachineError> {
         let doorbells: Arc<dyn Doorbells> = Arc::new(Processor(self.base.vm.clone()));
         let wiring = PciWiring {
             memory: self.base.memory.clone(),
             doorbells: Some(doorbells),
             express: Some(ExpressType::RootIntegratedEndpoint),
-            withheld: 0,
+            withheld,
         };
         let function = VirtioPci::new(name, device, wiring)?;
         self.functions

@@ -1,0 +1,5 @@
+#![no_main]
+
+use corten_fuzz::virtio_devices::{Kind, device};
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| device(Kind::Net, data));
