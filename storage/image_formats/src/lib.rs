@@ -18,6 +18,7 @@ mod open;
 mod probe;
 pub mod qcow2;
 pub mod vhdx;
+pub mod vmdk;
 pub mod vpc;
 
 pub use details::{Compression, Description, ImageFormat, Property, Value};

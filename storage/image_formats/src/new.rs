@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use block::{ImplicitFile, Medium, OpenGate, Result};
 
-use crate::{vhdx, vpc};
+use crate::{vhdx, vmdk, vpc};
 
 /// What to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub enum NewImage {
     Vpc(vpc::CreateOptions),
     /// VHDX.
     Vhdx(vhdx::CreateOptions),
+    /// VMDK.
+    Vmdk(vmdk::CreateOptions),
 }
 
 impl NewImage {
@@ -21,6 +23,7 @@ impl NewImage {
         match self {
             Self::Vpc(_) => "vpc",
             Self::Vhdx(_) => "vhdx",
+            Self::Vmdk(_) => "vmdk",
         }
     }
 
@@ -29,6 +32,7 @@ impl NewImage {
         Some(match format {
             "vpc" => Self::Vpc(vpc::CreateOptions::default()),
             "vhdx" => Self::Vhdx(vhdx::CreateOptions::default()),
+            "vmdk" => Self::Vmdk(vmdk::CreateOptions::default()),
             _ => return None,
         })
     }
@@ -38,6 +42,7 @@ impl NewImage {
         match self {
             Self::Vpc(o) => o.size,
             Self::Vhdx(o) => o.size,
+            Self::Vmdk(o) => o.size,
         }
     }
 
@@ -46,6 +51,7 @@ impl NewImage {
         match self {
             Self::Vpc(o) => o.size = size,
             Self::Vhdx(o) => o.size = size,
+            Self::Vmdk(o) => o.size = size,
         }
     }
 
@@ -54,6 +60,7 @@ impl NewImage {
         match self {
             Self::Vpc(o) => o.parent.as_deref(),
             Self::Vhdx(o) => o.parent.as_deref(),
+            Self::Vmdk(o) => o.parent.as_deref(),
         }
     }
 
@@ -62,8 +69,18 @@ impl NewImage {
         match self {
             Self::Vpc(o) => o.parent = name,
             Self::Vhdx(o) => o.parent = name,
+            Self::Vmdk(o) => o.parent = name,
         }
         true
+    }
+
+    /// The names of other files that an image named `name` consists of, relative to it. Whoever makes the
+    /// image makes them first, empty.
+    pub fn files(&self, name: &str) -> Vec<String> {
+        match self {
+            Self::Vpc(_) | Self::Vhdx(_) => Vec::new(),
+            Self::Vmdk(o) => vmdk::files(o, name),
+        }
     }
 
     /// Makes the image in `medium`, which is emptied; other files are opened through `gate`. `random`
@@ -90,6 +107,7 @@ impl NewImage {
         match self {
             Self::Vpc(options) => vpc::create(medium, options, parent.as_deref(), random()).await,
             Self::Vhdx(options) => vhdx::create(medium, options, parent.as_deref()).await,
+            Self::Vmdk(options) => vmdk::create(medium, options, parent.as_deref(), gate).await,
         }
     }
 
@@ -102,6 +120,7 @@ impl NewImage {
         match self {
             Self::Vpc(o) => vpc::measure(o, blocks_touched(stored, vpc::NEW_BLOCK_SIZE)),
             Self::Vhdx(o) => vhdx::measure(o, blocks_touched(stored, vhdx::new_block_size(o))),
+            Self::Vmdk(o) => vmdk::measure(o, stored),
         }
     }
 }

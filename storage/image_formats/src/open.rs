@@ -15,6 +15,7 @@ use crate::details::ImageFormat;
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
 use crate::vhdx::Vhdx;
+use crate::vmdk::Vmdk;
 use crate::vpc::Vpc;
 
 /// A chain of backing files longer than this is taken for a circle.
@@ -344,7 +345,11 @@ impl Opener {
                 let image = Vhdx::open(medium.clone(), self, self.options.backing).await?;
                 Ok(Image::of(Rc::new(image), medium))
             }
-            "qed" | "vmdk" | "luks" | "vdi" | "parallels" => {
+            "vmdk" => {
+                let image = Vmdk::open(medium.clone(), self, self.options.backing).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "qed" | "luks" | "vdi" | "parallels" => {
                 let message = format!("'{}': the format {format} is not supported", medium.name());
                 Err(BlockError::unsupported(message))
             }

@@ -21,7 +21,11 @@ pub fn probe_bytes(bytes: &[u8]) -> &'static str {
     let found = MAGICS
         .iter()
         .find(|(_, at, magic)| bytes.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
-    found.map_or("raw", |(name, ..)| name)
+    match found {
+        Some((name, ..)) => name,
+        None if crate::vmdk::is_descriptor(bytes) => "vmdk",
+        None => "raw",
+    }
 }
 
 /// The format that a file seems to have.
@@ -45,6 +49,10 @@ mod tests {
         assert_eq!(probe_bytes(b"vhdxfile"), "vhdx");
         assert_eq!(probe_bytes(b"xQFI\xfb"), "raw");
         assert_eq!(probe_bytes(b""), "raw");
+        assert_eq!(
+            probe_bytes(b"# Disk DescriptorFile\nversion=1\nCID=1\n"),
+            "vmdk"
+        );
         let mut vdi = vec![0; 100];
         vdi[64..68].copy_from_slice(b"\x7f\x10\xda\xbe");
         assert_eq!(probe_bytes(&vdi), "vdi");

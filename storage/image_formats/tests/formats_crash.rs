@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use block::{Medium, MemoryMedium, executor};
 use image_formats::qcow2::Repair;
-use image_formats::{NewImage, create_file, vhdx, vpc};
+use image_formats::{NewImage, create_file, vhdx, vmdk, vpc};
 use proptest::prelude::*;
 use support::plain::{self, Step, steps};
 use support::recorder::{Cut, Recorder, Story};
@@ -108,6 +108,15 @@ fn vpc_options(parent: Option<String>) -> NewImage {
     })
 }
 
+fn vmdk_options(parent: Option<String>, zeroed_grain: bool) -> NewImage {
+    NewImage::Vmdk(vmdk::CreateOptions {
+        size: SIZE,
+        zeroed_grain,
+        parent,
+        ..vmdk::CreateOptions::default()
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 6, max_shrink_iters: 20, ..ProptestConfig::default() })]
 
@@ -156,6 +165,24 @@ proptest! {
         let below = make_parent(&path, &vpc_options(None), 512);
         let new = vpc_options(Some(text(&path).to_owned()));
         let points = run(&new, &below, &ops, 512, seed);
+        println!("{points} power cuts, seed {seed}");
+    }
+    #[test]
+    fn vmdk_loses_nothing_that_was_flushed(
+        with_parent: bool,
+        zeroed: bool,
+        ops in prop::collection::vec(steps(SIZE, 512, 150), 1..14),
+        seed: u64,
+    ) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("base.vmdk");
+        let (parent, below) = if with_parent {
+            let below = make_parent(&path, &vmdk_options(None, false), 512);
+            (Some(text(&path).to_owned()), below)
+        } else {
+            (None, vec![0; SIZE as usize])
+        };
+        let points = run(&vmdk_options(parent, zeroed), &below, &ops, 512, seed);
         println!("{points} power cuts, seed {seed}");
     }
 }

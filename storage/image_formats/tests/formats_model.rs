@@ -8,7 +8,8 @@ use std::rc::Rc;
 
 use block::{CacheMode, Medium, executor};
 use image_formats::qcow2::Repair;
-use image_formats::{NewImage, create_file, vhdx, vpc};
+use image_formats::vmdk::{Adapter, Subformat};
+use image_formats::{NewImage, create_file, vhdx, vmdk, vpc};
 use proptest::prelude::*;
 use support::plain::{self, Step, steps};
 use support::{qemu_img, qemu_img_ok, text};
@@ -66,6 +67,37 @@ fn any_vpc() -> impl Strategy<Value = Kind> {
         ),
         resizes: true,
     })
+}
+
+fn any_vmdk() -> impl Strategy<Value = Kind> {
+    // Not the one that is written by converting alone.
+    let subformat = prop::sample::select(&Subformat::ALL[..4]);
+    let adapter = prop::sample::select(&Adapter::ALL[..]);
+    (subformat, adapter, any::<bool>(), any::<bool>()).prop_map(
+        |(subformat, adapter, compat6, zeroed)| {
+            let flat = subformat.name().ends_with("Flat");
+            let options = vmdk::CreateOptions {
+                size: SIZE,
+                subformat,
+                adapter,
+                compat6,
+                zeroed_grain: zeroed && !flat,
+                ..vmdk::CreateOptions::default()
+            };
+            let on = |value: bool| if value { "on" } else { "off" };
+            Kind {
+                qemu: format!(
+                    "subformat={},adapter_type={},compat6={},zeroed_grain={}",
+                    subformat.name(),
+                    adapter.name(),
+                    on(compat6),
+                    on(options.zeroed_grain)
+                ),
+                new: NewImage::Vmdk(options),
+                resizes: false,
+            }
+        },
+    )
 }
 
 fn all_steps(kind: &Kind) -> BoxedStrategy<Vec<Step>> {
@@ -201,6 +233,11 @@ proptest! {
 
     #[test]
     fn vpc_agrees_with_qemu_both_ways((kind, ops) in with_steps(any_vpc()), seed: u64) {
+        ours_to_theirs(&kind, &ops);
+        theirs_to_ours(&kind, &ops, seed);
+    }
+    #[test]
+    fn vmdk_agrees_with_qemu_both_ways((kind, ops) in with_steps(any_vmdk()), seed: u64) {
         ours_to_theirs(&kind, &ops);
         theirs_to_ours(&kind, &ops, seed);
     }

@@ -464,12 +464,8 @@ impl Mapped for Vhdx {
 }
 
 impl Writable for Vhdx {
-    fn block_size(&self) -> u64 {
-        self.block_size()
-    }
-
-    fn size(&self) -> u64 {
-        self.size()
+    fn block_at(&self, offset: u64) -> (u64, u64) {
+        mapped::even_block(offset, self.block_size(), self.size())
     }
 
     fn locks(&self) -> &RangeLocks {

@@ -423,12 +423,8 @@ impl Mapped for Vpc {
 }
 
 impl Writable for Vpc {
-    fn block_size(&self) -> u64 {
-        self.sizes().0
-    }
-
-    fn size(&self) -> u64 {
-        self.size()
+    fn block_at(&self, offset: u64) -> (u64, u64) {
+        mapped::even_block(offset, self.sizes().0, self.size())
     }
 
     fn locks(&self) -> &RangeLocks {

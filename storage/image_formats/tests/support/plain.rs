@@ -2,8 +2,8 @@
 
 use std::rc::Rc;
 
-use block::{Disk, DiskOptions, IoBuf, Medium, ZeroFlags};
-use image_formats::{External, Image, ImageOptions, NewImage, Opener};
+use block::{CacheMode, Disk, DiskOptions, IoBuf, Medium, ZeroFlags};
+use image_formats::{External, Image, ImageOptions, NewImage, Opener, create_file, resolve_name};
 use proptest::prelude::*;
 
 use super::pattern;
@@ -76,6 +76,9 @@ pub async fn open(medium: &Rc<dyn Medium>, format: &str) -> Image {
 
 /// Makes an image in `medium`.
 pub async fn create(medium: &Rc<dyn Medium>, new: &NewImage) {
+    for file in new.files(&medium.name()) {
+        create_file(&resolve_name(&medium.name(), &file), CacheMode::Unsafe).unwrap();
+    }
     let gate = gate(new.format());
     new.create(medium, &gate, || [7; 16]).await.unwrap();
 }
