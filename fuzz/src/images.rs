@@ -4,13 +4,14 @@
 use std::rc::Rc;
 
 use block::{
-    BlockBackend, Disk, DiskOptions, ExtentQuery, IoBuf, Medium, MemoryMedium, Refusing, Scope,
-    ZeroFlags, executor,
+    BlockBackend, BlockFuture, Disk, DiskOptions, ExtentQuery, ImplicitFile, IoBuf, Medium,
+    MemoryMedium, OpenGate, Refusing, Scope, ZeroFlags, executor,
 };
 use image_formats::ImageFormat;
 use image_formats::deflate::Deflater;
 use image_formats::qcow2::{OpenOptions, Qcow2, Repair};
 use image_formats::vhdx::Vhdx;
+use image_formats::vmdk::Vmdk;
 use image_formats::vpc::Vpc;
 
 /// Opens any bytes as a qcow2 image, reads, checks, writes, repairs. Nothing may panic or hang.
@@ -154,6 +155,51 @@ pub fn vhdx(data: &[u8]) {
     }
     executor::block_on(async {
         use_format(Vhdx::open(memory(bytes), &Refusing, false).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Every extent file is these bytes; parents are refused.
+struct OneExtent(Vec<u8>);
+
+impl OpenGate for OneExtent {
+    fn open_backend<'a>(
+        &'a self,
+        base: &'a str,
+        name: &'a str,
+        why: ImplicitFile,
+    ) -> BlockFuture<'a, Rc<dyn BlockBackend>> {
+        Refusing.open_backend(base, name, why)
+    }
+
+    fn open_medium<'a>(
+        &'a self,
+        base: &'a str,
+        name: &'a str,
+        why: ImplicitFile,
+        writable: bool,
+    ) -> BlockFuture<'a, Rc<dyn Medium>> {
+        match why {
+            ImplicitFile::Extent => Box::pin(async { Ok(memory(self.0.clone())) }),
+            _ => Refusing.open_medium(base, name, why, writable),
+        }
+    }
+}
+
+/// Opens pieces as a VMDK image. What follows a line `EXTENT` is the file of every extent that it names.
+pub fn vmdk(data: &[u8]) {
+    const SPLIT: &[u8] = b"\nEXTENT\n";
+    let at = data.windows(SPLIT.len()).position(|w| w == SPLIT);
+    let (bytes, extent) = match at {
+        Some(at) => (
+            data[..at + 1].to_vec(),
+            scattered(&data[at + SPLIT.len()..]),
+        ),
+        None => (scattered(data), Vec::new()),
+    };
+    executor::block_on(async {
+        let gate = OneExtent(extent);
+        use_format(Vmdk::open(memory(bytes), &gate, true).await).await;
     })
     .expect("an executor");
 }
