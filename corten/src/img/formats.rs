@@ -1,6 +1,7 @@
 //! The options of new images of the formats of other products.
 
 use image_formats::qcow2::CreateOptions;
+use image_formats::vmdk::{self, Adapter, Subformat};
 use image_formats::{NewImage, Property, Value};
 use serde_json::{Map, json};
 
@@ -57,11 +58,38 @@ const VHDX: &[OptionHelp] = &[
     ),
 ];
 
+const VMDK: &[OptionHelp] = &[
+    (
+        "adapter_type=<str>",
+        "Virtual adapter type: ide (default), lsilogic, buslogic or legacyESX",
+    ),
+    BACKING_FILE,
+    ("backing_fmt=<str>", "Must be 'vmdk' if present"),
+    ("compat6=<bool (on/off)>", "VMDK version 6 image"),
+    ("hwversion=<str>", "VMDK hardware version"),
+    (
+        "preallocation=<str>",
+        "Space of a flat disk (allowed values: off, falloc, full)",
+    ),
+    SIZE,
+    (
+        "subformat=<str>",
+        "VMDK flat extent format: monolithicSparse (default), monolithicFlat, twoGbMaxExtentSparse, \
+         twoGbMaxExtentFlat or streamOptimized",
+    ),
+    ("toolsversion=<str>", "VMware guest tools version"),
+    (
+        "zeroed_grain=<bool (on/off)>",
+        "Enable efficient zero writes using the zeroed-grain GTE feature",
+    ),
+];
+
 /// The options that a format has for new images; `None` if it is not one of these.
 pub(crate) fn option_list(format: &str) -> Option<&'static [OptionHelp]> {
     Some(match format {
         "vpc" => VPC,
         "vhdx" => VHDX,
+        "vmdk" => VMDK,
         _ => return None,
     })
 }
@@ -106,6 +134,28 @@ pub(crate) fn set(image: &mut NewImage, key: &str, value: &str) -> Result<bool, 
             "preallocation" => o.preallocation = preallocation(value)?,
             _ => return Ok(false),
         },
+        NewImage::Vmdk(o) => return set_vmdk(o, key, value),
+    }
+    Ok(true)
+}
+
+fn set_vmdk(o: &mut vmdk::CreateOptions, key: &str, value: &str) -> Result<bool, Failure> {
+    let unknown = || Failure::plain(format!("invalid parameter value: {value}"));
+    match key {
+        "adapter_type" => {
+            let found = Adapter::ALL.into_iter().find(|a| a.name() == value);
+            o.adapter = found.ok_or_else(unknown)?;
+        }
+        "subformat" => {
+            let found = Subformat::ALL.into_iter().find(|s| s.name() == value);
+            o.subformat = found.ok_or_else(unknown)?;
+        }
+        "compat6" => o.compat6 = switch(key, value)?,
+        "zeroed_grain" => o.zeroed_grain = switch(key, value)?,
+        "hwversion" => o.hardware_version = Some(value.to_owned()).filter(|v| v != "undefined"),
+        "toolsversion" => o.tools_version = Some(value.to_owned()),
+        "preallocation" => o.preallocation = preallocation(value)?,
+        _ => return Ok(false),
     }
     Ok(true)
 }
@@ -146,6 +196,23 @@ pub(crate) fn describe(image: &NewImage, name: &str, common: &CreateOptions) -> 
             }
             if o.logical_sector != 512 {
                 text.push_str(&format!(" logical_sector_size={}", o.logical_sector));
+            }
+        }
+        NewImage::Vmdk(o) => {
+            if o.adapter != Adapter::default() {
+                text.push_str(&format!(" adapter_type={}", o.adapter.name()));
+            }
+            let hardware = o.hardware_version.as_deref().unwrap_or("undefined");
+            let compat6 = on(o.compat6);
+            text.push_str(&format!(" compat6={compat6} hwversion={hardware}"));
+            if o.subformat != Subformat::default() {
+                text.push_str(&format!(" subformat={}", o.subformat.name()));
+            }
+            if let Some(tools) = &o.tools_version {
+                text.push_str(&format!(" toolsversion={tools}"));
+            }
+            if o.zeroed_grain {
+                text.push_str(" zeroed_grain=on");
             }
         }
     }
