@@ -264,3 +264,31 @@ fn commands_come_from_standard_input_too() {
     let disk = std::fs::read(folder.path().join("disk")).unwrap();
     assert!(disk[100..300] == [5; 200] && disk[99] == 0 && disk[300] == 0);
 }
+
+#[test]
+fn an_image_that_can_t_be_preallocated_stays_as_it_is() {
+    let folder = folder();
+    let corten = |arguments: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_corten"))
+            .args(arguments)
+            .current_dir(folder.path())
+            .output()
+            .unwrap()
+    };
+    std::fs::write(folder.path().join("raw"), vec![7; 1 << 20]).unwrap();
+    let created = corten(&["img", "create", "-q", "-f", "vpc", "vpc", "8M"]);
+    assert!(created.status.success());
+    for (format, how) in [("raw", "metadata"), ("vpc", "falloc")] {
+        let before = std::fs::read(folder.path().join(format)).unwrap();
+        let truncate = format!("truncate -m {how} 16M");
+        let preallocation = format!("--preallocation={how}");
+        for arguments in [
+            &["io", "-f", format, "-c", &truncate, format][..],
+            &["img", "resize", "-f", format, &preallocation, format, "16M"],
+        ] {
+            assert_eq!(corten(arguments).status.code(), Some(1), "{arguments:?}");
+            let after = std::fs::read(folder.path().join(format)).unwrap();
+            assert!(before == after, "{arguments:?}");
+        }
+    }
+}

@@ -122,48 +122,103 @@ impl Guest {
         }
     }
 
-    /// Puts a command into a slot and issues it.
-    fn command(&self, input: &mut Input<'_>) {
-        let port = u64::from(input.byte() & 1);
-        let slot = u64::from(input.byte() & 31);
-        let table = TABLES + (port * 32 + slot) * 0x200;
-        let command = input.pick(&COMMANDS);
+    fn get_port(&self, port: u64, register: u64) -> u32 {
+        let mut data = [0; 4];
+        let at = PORT_BASE + port * PORT_STRIDE + register;
+        self.bus.read(REGISTERS + at, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    /// The registers of a command, on sectors that are there, mostly.
+    fn fis(command: u8, count: u8, wild: bool, input: &mut Input<'_>) -> [u8; 20] {
+        let sector = match wild {
+            true => input.number(),
+            false => input.below(2040),
+        };
+        let [l0, l1, l2, l3, ..] = sector.to_le_bytes();
         let mut fis = [0; 20];
-        fis[0] = FIS_H2D;
-        fis[1] = FIS_COMMAND;
-        fis[2] = command;
-        fis[3] = input.byte();
-        fis[4] = input.byte();
-        fis[5] = input.byte() & 15;
-        fis[7] = input.byte();
-        fis[12] = input.byte() & 15;
-        if input.one_in(6) {
+        fis[..4].copy_from_slice(&[FIS_H2D, FIS_COMMAND, command, count]);
+        fis[4..8].copy_from_slice(&[l0, l1, l2, 0x40 | (input.byte() & 0x80)]);
+        (fis[8], fis[12]) = (l3, count);
+        match command {
+            // Trim; settings; the log of queued errors.
+            0x06 => fis[3] = 1,
+            0xef => fis[3] = input.pick(&[0x02, 0x03, 0x55, 0x82, 0xaa, 0x66]),
+            0x2f => (fis[4], fis[12]) = (0x10, 1),
+            // The count of queued commands is in the features.
+            0x60 | 0x61 => fis[12] = 0,
+            _ => {}
+        }
+        if wild && input.byte() & 1 != 0 {
             let at = input.below(20) as usize;
             for (to, from) in fis[at..].iter_mut().zip(input.bytes(4)) {
                 *to = *from;
             }
         }
-        self.memory.put(table, &fis);
-        let pieces = input.below(5);
-        for n in 0..pieces {
+        fis
+    }
+
+    /// Says where a command's data is, in some number of pieces; returns how many. A driver's are enough for `bytes`.
+    fn pieces(&self, table: u64, bytes: u32, wild: bool, input: &mut Input<'_>) -> u64 {
+        let mut number = 0;
+        let mut left = bytes;
+        while left > 0 && number < 6 {
             let length = match input.byte() {
-                0..20 => input.number() as u32,
-                20..60 => u32::from(input.byte()),
-                _ => 512 * (1 + u32::from(input.byte())) - 1,
+                0..64 if wild => input.number() as u32,
+                how @ 200.. if number < 5 => left.min(u32::from(how)),
+                _ => left,
             };
-            let mut entry = Self::address(input).to_le_bytes().to_vec();
+            let address = match wild {
+                true => Self::address(input),
+                false => DATA + input.below(DATA_SIZE),
+            };
+            let mut entry = address.to_le_bytes().to_vec();
             entry.extend([0; 4]);
-            entry.extend(length.to_le_bytes());
-            self.memory.put(table + PRDT + 16 * n, &entry);
+            entry.extend(length.wrapping_sub(1).to_le_bytes());
+            self.memory.put(table + PRDT + 16 * number, &entry);
+            left = left.saturating_sub(length);
+            number += 1;
         }
-        let count = if input.one_in(30) { 0xffff } else { pieces };
-        let mut header = (5 | (count as u32) << 16).to_le_bytes().to_vec();
+        number
+    }
+
+    /// Puts a command into a slot and issues it.
+    fn command(&self, input: &mut Input<'_>) {
+        let port = u64::from(input.byte() & 1);
+        // As a driver would, mostly: what has failed is stopped first.
+        if self.get_port(port, PX_TFD) & 1 != 0 && input.byte() & 3 != 0 {
+            self.restart(port);
+        }
+        let wild = input.one_in(16);
+        let slot = u64::from(input.byte() & 31);
+        let table = TABLES + (port * 32 + slot) * 0x200;
+        let command = input.pick(&COMMANDS);
+        let count = match input.byte() {
+            0..8 => 255,
+            how => 1 + (how & 7),
+        };
+        let fis = Self::fis(command, count, wild, input);
+        self.memory.put(table, &fis);
+        if command == 0x06 {
+            // Ranges to trim, where the data is taken from.
+            let range = input.below(2000) | input.below(40) << 48;
+            self.memory
+                .put(DATA + input.below(DATA_SIZE), &range.to_le_bytes());
+        }
+        let bytes = 512 * u32::from(count.max(1));
+        let pieces = self.pieces(table, bytes, wild, input);
+        let pieces = if wild && input.byte() & 7 == 0 {
+            0xffff
+        } else {
+            pieces
+        };
+        let mut header = (5 | (pieces as u32) << 16).to_le_bytes().to_vec();
         header.extend([0; 4]);
-        let wild = input.one_in(30).then(|| Self::address(input));
-        header.extend(wild.unwrap_or(table).to_le_bytes());
+        let elsewhere = (wild && input.byte() & 3 == 0).then(|| Self::address(input));
+        header.extend(elsewhere.unwrap_or(table).to_le_bytes());
         let list = LISTS + port * 0x400;
         self.memory.put(list + slot * HEADER_SIZE, &header);
-        if input.byte() & 3 != 0 && matches!(command, 0x60 | 0x61) {
+        if matches!(command, 0x60 | 0x61) && !(wild && input.byte() & 1 != 0) {
             self.put_port(port, PX_SACT, 1 << slot);
         }
         self.put_port(port, PX_CI, 1 << slot);

@@ -37,7 +37,12 @@ pub fn qcow2(data: &[u8]) {
 }
 
 async fn use_image(image: &Rc<Qcow2>, repair: bool) {
-    use_disk(image.clone()).await;
+    let options = DiskOptions {
+        discard: true,
+        ..DiskOptions::default()
+    };
+    let disk = Disk::new(image.clone(), options);
+    use_disk(&disk, disk.size()).await;
     let _ = image
         .check(if repair { Repair::All } else { Repair::None })
         .await;
@@ -49,17 +54,9 @@ async fn use_image(image: &Rc<Qcow2>, repair: bool) {
     let _ = image.close().await;
 }
 
-/// Reads and writes here and there.
-async fn use_disk(image: Rc<dyn BlockBackend>) {
-    let disk = Disk::new(
-        image,
-        DiskOptions {
-            discard: true,
-            ..DiskOptions::default()
-        },
-    );
-    let size = disk.size();
-    // Errors are what is expected; only panics and hangs are failures.
+/// Uses the disk at its beginning, in the middle and at its end. Errors are what is expected; only panics and hangs are
+/// failures.
+async fn use_disk(disk: &Disk, size: u64) {
     for offset in [
         0,
         size / 2 / 4096 * 4096,
@@ -84,19 +81,38 @@ async fn use_disk(image: Rc<dyn BlockBackend>) {
     }
 }
 
-/// Opens, checks, uses and repairs an image of another product's format.
+/// Opens, checks, uses, resizes and repairs an image of another product's format.
 async fn use_format<F: BlockBackend + ImageFormat + 'static>(opened: block::Result<F>) {
     let Ok(image) = opened else { return };
     let image = Rc::new(image);
+    let options = DiskOptions {
+        discard: true,
+        ..DiskOptions::default()
+    };
+    let disk = Disk::new(image.clone(), options);
+    let size = disk.size();
     let _ = image.describe();
-    let _ = image.check(Repair::None).await;
-    use_disk(image.clone()).await;
-    let _ = image.flush().await;
-    let size = image.limits().size;
-    let _ = image.resize(size.saturating_add(1 << 20)).await;
-    let _ = image.resize(size / 2 / 4096 * 4096).await;
-    let _ = image.check(Repair::All).await;
-    let _ = image.close().await;
+    let _ = ImageFormat::check(&*image, Repair::None).await;
+    use_disk(&disk, size).await;
+    let _ = disk.flush().await;
+    let _ = disk.resize(size.saturating_add(1 << 20)).await;
+    use_disk(&disk, disk.size()).await;
+    let _ = disk.resize(size / 2 / 4096 * 4096).await;
+    let _ = ImageFormat::check(&*image, Repair::All).await;
+    let _ = disk.close().await;
+}
+
+/// Makes a checksum of a VHD right, which else would hide all that is behind it: the complement of the sum of the
+/// other bytes, at `at` in a structure that begins with `magic`.
+fn mend(data: &mut [u8], start: usize, magic: &[u8], (length, at): (usize, usize)) {
+    let Some(bytes) = data.get_mut(start..).and_then(|d| d.get_mut(..length)) else {
+        return;
+    };
+    if bytes.starts_with(magic) {
+        bytes[at..at + 4].fill(0);
+        let sum: u32 = bytes.iter().map(|b| u32::from(*b)).sum();
+        bytes[at..at + 4].copy_from_slice(&(!sum).to_be_bytes());
+    }
 }
 
 fn memory(bytes: Vec<u8>) -> Rc<dyn Medium> {
@@ -122,8 +138,15 @@ fn scattered(mut data: &[u8]) -> Vec<u8> {
 
 /// Opens any bytes as a VHD.
 pub fn vpc(data: &[u8]) {
+    let mut data = data.to_vec();
+    let end = data.len().saturating_sub(512);
+    mend(&mut data, 0, b"conectix", (512, 64));
+    mend(&mut data, end, b"conectix", (512, 64));
+    mend(&mut data, 512, b"cxsparse", (1024, 36));
     executor::block_on(async {
-        use_format(Vpc::open(memory(data.to_vec()), &Refusing, false).await).await;
+        // Where its parent is asked for, the image is refused.
+        let _ = Vpc::open(memory(data.clone()), &Refusing, true).await;
+        use_format(Vpc::open(memory(data), &Refusing, false).await).await;
     })
     .expect("an executor");
 }

@@ -94,6 +94,20 @@ fn change(bytes: &mut Vec<u8>, numbers: &mut Numbers, samples: &[Vec<u8>]) {
     }
 }
 
+/// The files of a target's corpus, in the order of their names.
+pub fn corpus(target: &str) -> Vec<Vec<u8>> {
+    let crate_folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Crates lie two folders down.
+    let folder = crate_folder.join("../../fuzz/corpus").join(target);
+    let entries = std::fs::read_dir(folder).expect("the corpus is there");
+    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    let bytes = paths
+        .iter()
+        .map(|path| std::fs::read(path).expect("a file"));
+    bytes.collect()
+}
+
 /// Runs the target on `rounds` inputs of at most `longest` bytes, as far as it gets in `at_most`.
 ///
 /// # Panics

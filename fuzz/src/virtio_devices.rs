@@ -21,7 +21,7 @@ use virtio::console::{Console, ConsoleHandle, ConsoleOptions, NamedPort};
 use virtio::device::VirtioDevice;
 use virtio::net::{Net, NetHandle, NetOptions};
 use virtio::rng::{RateLimit, Rng};
-use virtio::spec::{descriptor, feature};
+use virtio::spec::{Status, descriptor, feature};
 use virtio::transport::spec::{common, mmio};
 use virtio::transport::{MmioWiring, PciWiring, VirtioMmio, VirtioPci};
 use virtio::vsock::Vsock;
@@ -183,6 +183,8 @@ struct Guest {
     host: Host,
     queues: u16,
     packed: bool,
+    /// Indirect tables have been negotiated.
+    indirect: bool,
     rings: Vec<Ring>,
 }
 
@@ -231,6 +233,7 @@ impl Guest {
             host,
             queues,
             packed: false,
+            indirect: false,
             rings: vec![Ring::default(); usize::from(queues)],
         };
         guest.map();
@@ -302,6 +305,7 @@ impl Guest {
     fn start(&mut self, input: &mut Input<'_>) {
         let how = input.byte();
         self.packed = how & 1 != 0;
+        self.indirect = how & 4 != 0;
         let own = match how >> 5 {
             0 => input.word(4),
             1 => 0,
@@ -348,60 +352,64 @@ impl Guest {
         (half(0) | half(1) << 32) & !rings
     }
 
-    /// What a request of the device's begins with, nearly right.
-    fn header(&self, queue: u16, input: &mut Input<'_>) -> Vec<u8> {
+    /// A request as a driver makes it: what the device reads, and how many bytes it may write. What is in it need not be
+    /// right.
+    fn content(&self, queue: u16, input: &mut Input<'_>) -> (Vec<u8>, u64) {
         let mut bytes = Vec::new();
+        let mut writable = 0;
         match (self.kind, queue) {
-            (Kind::Blk, _) => {
-                let known = [0, 0, 1, 1, 4, 8, 11, 13, 13, 2];
-                bytes.extend(u32::to_le_bytes(input.pick(&known)));
-                bytes.extend([0; 4]);
-                bytes.extend((input.number() >> (input.byte() % 64)).to_le_bytes());
-                for _ in 0..input.below(3) {
-                    bytes.extend(input.word(2).to_le_bytes());
-                    bytes.extend((input.number() as u32).to_le_bytes());
-                    bytes.extend(u32::from(input.byte() & 1).to_le_bytes());
-                }
-            }
-            (Kind::Net, 2) => {
-                bytes.extend([input.byte() % 7, input.byte() % 6]);
-                bytes.extend((u32::from(input.byte()) & 3).to_le_bytes());
-                bytes.extend(input.bytes(24));
-            }
-            (Kind::Net, _) => {
-                bytes.extend([input.byte() & 7, input.pick(&[0, 1, 3, 4, 5, 0x81])]);
+            (Kind::Blk, _) => writable = disk_request(&mut bytes, input),
+            (Kind::Net, 0) => writable = input.pick(&[1526, 1526, 65_562, 100, 12]),
+            (Kind::Net, 1) => {
+                bytes.extend([input.byte() & 7, input.pick(&[0, 0, 1, 3, 4, 5, 0x81])]);
                 for _ in 0..4 {
                     bytes.extend((input.word(1) as u16).to_le_bytes());
                 }
                 bytes.extend([0; 2]);
                 bytes.extend(frame(input));
             }
+            (Kind::Net, _) => {
+                writable = 1;
+                bytes.extend([input.byte() % 7, input.byte() % 6]);
+                if bytes[0] == 1 {
+                    bytes.extend((u32::from(input.byte()) & 3).to_le_bytes());
+                }
+                bytes.extend(input.bytes(16));
+            }
             (Kind::Console, 3) => {
                 bytes.extend((u32::from(input.byte()) % 4).to_le_bytes());
                 bytes.extend((u16::from(input.byte()) % 9).to_le_bytes());
                 bytes.extend((u16::from(input.byte()) & 1).to_le_bytes());
             }
+            (Kind::Console, 1 | 5) => {
+                let count = input.word(2) as usize;
+                bytes.resize(count, input.byte());
+            }
             (Kind::Balloon, 0 | 1) => {
                 for _ in 0..input.below(32) {
+                    // Mostly pages that are there.
                     bytes.extend((input.below(0x120) as u32).to_le_bytes());
                 }
-                bytes.extend((input.number() as u32).to_le_bytes());
+                if input.one_in(8) {
+                    bytes.extend((input.number() as u32).to_le_bytes());
+                }
             }
-            (Kind::Vsock, 1) => {
-                bytes.extend(GUEST_CID.to_le_bytes());
-                bytes.extend(2u64.to_le_bytes());
-                bytes.extend(u32::from(input.byte() & 3).to_le_bytes());
-                bytes.extend(input.pick(&[1, 1, 1u32, 2, 1 << 30]).to_le_bytes());
-                let length = [0, 0, 10, 100, input.number() as u32];
-                bytes.extend(input.pick(&length).to_le_bytes());
-                bytes.extend([1, 0, input.byte() % 9, 0]);
-                bytes.extend((u32::from(input.byte()) & 3).to_le_bytes());
-                bytes.extend((input.number() as u32).to_le_bytes());
-                bytes.extend((input.number() as u32).to_le_bytes());
+            (Kind::Balloon, 2) => {
+                for _ in 0..input.below(12) {
+                    bytes.extend((input.word(1) as u16).to_le_bytes());
+                    bytes.extend(input.number().to_le_bytes());
+                }
             }
-            _ => bytes.extend(input.bytes(16)),
+            (Kind::Vsock, 1) => socket_packet(&mut bytes, input),
+            // What the device fills.
+            _ => {
+                writable = match input.byte() {
+                    255 => input.below(46),
+                    how => input.pick(&[4096, 4096, 45, 600]) + u64::from(how & 1),
+                }
+            }
         }
-        bytes
+        (bytes, writable)
     }
 
     /// An address for a buffer: in the data, mostly.
@@ -431,20 +439,53 @@ impl Guest {
         }
     }
 
-    /// Descriptors of a request: readable before writable, mostly.
-    fn descriptors(&self, queue: u16, input: &mut Input<'_>) -> Vec<(u64, u32, u16)> {
-        let header = self.header(queue, input);
-        let mut writable = input.one_in(3);
+    /// Descriptors of a request as a driver makes it, in some number of pieces.
+    fn right(&self, queue: u16, input: &mut Input<'_>) -> Vec<(u64, u32, u16)> {
+        let (bytes, mut writable) = self.content(queue, input);
         let mut list = Vec::new();
-        if !header.is_empty() && !writable {
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let most = if list.len() < 3 { input.byte() } else { 0 };
+            let cut = match usize::from(most) {
+                0..128 => rest.len(),
+                cut => (cut - 127).min(rest.len()),
+            };
             let at = DATA + input.below(DATA_SIZE);
-            self.memory.put(at, &header);
-            let len = (header.len() as u32).wrapping_add(u32::from(input.byte() % 8 == 1));
+            let (piece, behind) = rest.split_at(cut);
+            self.memory.put(at, piece);
+            list.push((at, cut as u32, 0));
+            rest = behind;
+        }
+        while writable > 0 {
+            let most = if list.len() < 6 { input.byte() } else { 0 };
+            let cut = match u64::from(most) {
+                0..128 => writable,
+                cut => (cut - 127).min(writable),
+            };
+            let at = DATA + input.below(DATA_SIZE);
+            list.push((at, cut as u32, descriptor::WRITE));
+            writable -= cut;
+        }
+        if list.is_empty() {
+            list.push((DATA, 0, 0));
+        }
+        list
+    }
+
+    /// Descriptors of any kind, readable before writable, mostly.
+    fn wild(&self, queue: u16, input: &mut Input<'_>) -> Vec<(u64, u32, u16)> {
+        let (bytes, _) = self.content(queue, input);
+        let mut list = Vec::new();
+        let mut writable = bytes.is_empty() || input.one_in(3);
+        if !writable {
+            let at = DATA + input.below(DATA_SIZE);
+            self.memory.put(at, &bytes);
+            let len = (bytes.len() as u32).wrapping_add(u32::from(input.byte() & 7 == 1));
             list.push((at, len, 0));
         }
         for _ in 0..1 + input.below(4) {
             writable |= input.byte() & 1 != 0;
-            writable &= !input.one_in(50);
+            writable &= !input.one_in(8);
             let flags = if writable { descriptor::WRITE } else { 0 };
             list.push((Self::address(input), Self::length(input), flags));
         }
@@ -482,27 +523,52 @@ impl Guest {
         (at, wild.unwrap_or(length), descriptor::INDIRECT)
     }
 
+    /// True once a queue has failed: nothing is done any more until a reset.
+    fn has_failed(&self) -> bool {
+        let status = match &self.transport {
+            Transport::Pci(function) => function.status(),
+            Transport::Mmio(device) => device.status(),
+        };
+        status.status.contains(Status::DEVICE_NEEDS_RESET)
+    }
+
     /// Makes a request available.
     fn request(&mut self, input: &mut Input<'_>) {
+        // As a driver would, mostly.
+        if self.has_failed() && input.byte() & 3 != 0 {
+            self.start(input);
+        }
         let queue = input.below(u64::from(self.queues)) as u16;
-        let mut list = self.descriptors(queue, input);
-        if input.one_in(3) {
+        let wild = input.one_in(16);
+        let mut list = if wild {
+            self.wild(queue, input)
+        } else {
+            self.right(queue, input)
+        };
+        let table = input.byte();
+        if (self.indirect && table & 1 != 0) || table == u8::MAX {
             let table = self.table(&list, input);
             list = vec![table];
         }
         let at = RINGS + u64::from(queue) * 0x1000;
         if self.packed {
-            self.add_packed(queue, at, &list, input);
+            self.add_packed((queue, at), &list, wild, input);
         } else {
-            self.add_split(queue, at, &list, input);
+            self.add_split((queue, at), &list, wild, input);
         }
         self.kick(queue.into());
     }
 
-    fn add_split(&mut self, queue: u16, at: u64, list: &[(u64, u32, u16)], input: &mut Input<'_>) {
+    fn add_split(
+        &mut self,
+        (queue, at): (u16, u64),
+        list: &[(u64, u32, u16)],
+        wild: bool,
+        input: &mut Input<'_>,
+    ) {
         let ring = &mut self.rings[usize::from(queue)];
         // Chains of up to seven, each where no other is, as long as the device keeps up.
-        let first = ring.next * 7;
+        let first = ring.next.wrapping_mul(7);
         let slot = |i: usize| (first.wrapping_add(i as u16)) % ENTRIES;
         let entry = ring.next % ENTRIES;
         ring.next = ring.next.wrapping_add(1);
@@ -513,8 +579,8 @@ impl Guest {
             } else {
                 0
             };
-            let wild = input.one_in(40).then(|| (input.word(2), input.word(2)));
-            let (next, extra) = wild.unwrap_or((u64::from(slot(i + 1)), 0));
+            let damage = (wild && input.one_in(4)).then(|| (input.word(2), input.word(2)));
+            let (next, extra) = damage.unwrap_or((u64::from(slot(i + 1)), 0));
             let flags = flags | more | extra as u16;
             let bytes = self.encode((*address, *length, flags), next as u16);
             self.memory.put(at + 16 * u64::from(slot(i)), &bytes);
@@ -525,7 +591,13 @@ impl Guest {
         self.memory.put(available + 2, &index.to_le_bytes());
     }
 
-    fn add_packed(&mut self, queue: u16, at: u64, list: &[(u64, u32, u16)], input: &mut Input<'_>) {
+    fn add_packed(
+        &mut self,
+        (queue, at): (u16, u64),
+        list: &[(u64, u32, u16)],
+        wild: bool,
+        input: &mut Input<'_>,
+    ) {
         let mut ring = self.rings[usize::from(queue)];
         let first = ring;
         let mut first_flags = [0; 2];
@@ -534,7 +606,7 @@ impl Guest {
             if i + 1 < list.len() {
                 flags |= descriptor::NEXT;
             }
-            if input.one_in(40) {
+            if wild && input.one_in(4) {
                 flags ^= input.word(2) as u16;
             }
             flags |= if ring.unwrapped {
@@ -705,6 +777,63 @@ impl Guest {
             _ => self.start(input),
         }
     }
+}
+
+/// What the device reads of a disk request; returns what it may write.
+fn disk_request(bytes: &mut Vec<u8>, input: &mut Input<'_>) -> u64 {
+    let kind = input.pick(&[0, 0, 1, 1, 4, 8, 11, 13, 13, 2]);
+    bytes.extend(u32::to_le_bytes(kind));
+    bytes.extend([0; 4]);
+    let sector = match input.byte() {
+        0..16 => input.number(),
+        _ => input.below(2100),
+    };
+    bytes.extend(sector.to_le_bytes());
+    let data = 512 * (input.below(9));
+    match kind {
+        0 => data + 1,
+        1 => {
+            bytes.resize(16 + data as usize, input.byte());
+            1
+        }
+        8 => 21,
+        11 | 13 => {
+            for _ in 0..1 + input.below(3) {
+                bytes.extend(input.below(2100).to_le_bytes());
+                bytes.extend((input.below(300) as u32).to_le_bytes());
+                bytes.extend(u32::from(input.byte() & 1).to_le_bytes());
+            }
+            1
+        }
+        _ => 1,
+    }
+}
+
+/// A packet of a guest's socket, with its data.
+fn socket_packet(bytes: &mut Vec<u8>, input: &mut Input<'_>) {
+    let ours = !input.one_in(30);
+    bytes.extend((if ours { GUEST_CID } else { 2 }).to_le_bytes());
+    bytes.extend(2u64.to_le_bytes());
+    bytes.extend(u32::from(input.byte() & 3).to_le_bytes());
+    // The listener's port, one without a listener, and those that host programs get.
+    let ports = [1, 1, 1, 2, 1 << 30, (1 << 30) + 1, input.byte().into()];
+    bytes.extend(u32::to_le_bytes(input.pick(&ports)));
+    let data = match input.byte() {
+        0..128 => 0,
+        128..250 => u32::from(input.byte()),
+        _ => 70_000,
+    };
+    bytes.extend(data.to_le_bytes());
+    let op = input.pick(&[1, 1, 2, 3, 4, 5, 5, 5, 5, 6, 7, 0]);
+    bytes.extend([1, 0, op, 0]);
+    bytes.extend((u32::from(input.byte()) & 3).to_le_bytes());
+    let credit = match input.byte() {
+        0..32 => input.number() as u32,
+        _ => 1 << 16,
+    };
+    bytes.extend(credit.to_le_bytes());
+    bytes.extend(u32::from(input.byte()).to_le_bytes());
+    bytes.resize(bytes.len() + data as usize, 5);
 }
 
 /// An Ethernet frame, or the start of one.

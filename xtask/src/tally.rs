@@ -12,6 +12,9 @@ use crate::{Result, host};
 /// A test program whose tests are listed one by one: the listing is what it is for.
 const LISTED: &str = "conformance";
 
+/// Why a test is skipped that the harness did not run.
+const IGNORED: &str = "not run here";
+
 /// Where in a test program's output a line stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Section {
@@ -96,7 +99,7 @@ impl Tally {
             return !noise;
         };
         if let Some((name, "ignored")) = test.rsplit_once(" ... ") {
-            self.skip(name, "not run here");
+            self.skip(name, IGNORED);
         }
         self.program.contains(LISTED) || test.ends_with("FAILED")
     }
@@ -119,7 +122,7 @@ impl Tally {
 
     /// Tests that printed why they were skipped have also passed; those that were ignored have not.
     fn passed_and_not_skipped(&self) -> usize {
-        let pretended = self.skipped.values().filter(|why| *why != "not run here");
+        let pretended = self.skipped.values().filter(|why| *why != IGNORED);
         self.passed - pretended.count().min(self.passed)
     }
 

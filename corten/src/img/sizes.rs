@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use block::executor::spawn_local;
-use block::{CacheMode, ErrorKind, Extent, ExtentKind, ExtentQuery, IoBuf, Scope};
+use block::{CacheMode, Disk, ErrorKind, Extent, ExtentKind, ExtentQuery, IoBuf, Scope};
 use image_formats::qcow2::Preallocation;
 use image_formats::{Image, ImageOptions};
 use serde_json::json;
@@ -12,6 +12,9 @@ use super::args::{flag, key_values, size, value};
 use super::create::{ImageSpec, preallocation};
 use super::output::{self, say};
 use super::{Failure, Outcome, Tool, cache, open};
+
+/// What a raw image, which has no metadata, says.
+const NO_METADATA: &str = "Unsupported preallocation mode 'metadata'";
 
 pub(crate) async fn resize(tool: Tool, rest: &[String]) -> Outcome {
     let specs = [
@@ -65,10 +68,7 @@ pub(crate) async fn resize(tool: Tool, rest: &[String]) -> Outcome {
             "Preallocation can only be used for growing images",
         ));
     }
-    disk.resize(new).await?;
-    if new > old {
-        preallocate(&image, old, new, how).await?;
-    }
+    set_size(&disk, &image, new, how).await?;
     disk.close().await?;
     if !parsed.has('q') {
         say("Image resized.");
@@ -76,22 +76,38 @@ pub(crate) async fn resize(tool: Tool, rest: &[String]) -> Outcome {
     Ok(())
 }
 
-/// Reserves or writes the space of an image that has grown.
-pub(crate) async fn preallocate(image: &Image, old: u64, new: u64, how: Preallocation) -> Outcome {
-    if how == Preallocation::Off {
+/// Gives a disk another size. If it grows, the new space is reserved or written as `how` says; an image whose format can't do that is
+/// left as it is.
+pub(crate) async fn set_size(disk: &Disk, image: &Image, new: u64, how: Preallocation) -> Outcome {
+    let old = disk.size();
+    if new > old {
+        check_preallocation(image, how)?;
+    }
+    disk.resize(new).await?;
+    if new <= old || how == Preallocation::Off {
         return Ok(());
     }
     let Some(qcow2) = &image.qcow2 else {
-        if image.format.is_some() {
-            return Err(Failure::plain(
-                "Preallocation can only be used with raw and qcow2 images",
-            ));
-        }
         return preallocate_raw(&*image.medium, old, new, how).await;
     };
     let start = old.next_multiple_of(qcow2.cluster_size());
     if start < new {
         qcow2.preallocate(start, new, how).await?;
+    }
+    Ok(())
+}
+
+fn check_preallocation(image: &Image, how: Preallocation) -> Outcome {
+    if how == Preallocation::Off || image.qcow2.is_some() {
+        return Ok(());
+    }
+    if image.format.is_some() {
+        return Err(Failure::plain(
+            "Preallocation can only be used with raw and qcow2 images",
+        ));
+    }
+    if how == Preallocation::Metadata {
+        return Err(Failure::plain(NO_METADATA));
     }
     Ok(())
 }
@@ -106,7 +122,7 @@ pub(crate) async fn preallocate_raw(
     match how {
         Preallocation::Off => {}
         Preallocation::Metadata => {
-            return Err(Failure::plain("Unsupported preallocation mode 'metadata'"));
+            return Err(Failure::plain(NO_METADATA));
         }
         Preallocation::Falloc => medium.preallocate(start, end - start).await?,
         Preallocation::Full => {

@@ -330,12 +330,6 @@ pub(super) async fn truncate(session: &Session, open: &Open, words: &Words) -> D
     let how = create::preallocation(words.get('m').unwrap_or("off"));
     let how = how.map_err(|f| complain(f.text()))?;
     let size = words::number(size).map_err(print)?;
-    let old = open.bytes.disk().size();
-    let resized = open.bytes.disk().resize(size).await;
-    resized.map_err(|e| complain(e.one_line()))?;
-    if size > old {
-        let filled = sizes::preallocate(&open.image, old, size, how).await;
-        filled.map_err(|f| complain(f.text()))?;
-    }
-    Ok(())
+    let resized = sizes::set_size(open.bytes.disk(), &open.image, size, how).await;
+    resized.map_err(|f| complain(f.text()))
 }

@@ -3,6 +3,9 @@
 #[path = "../../../fuzz/src/input.rs"]
 #[allow(unreachable_pub, dead_code)]
 mod input;
+#[path = "../../../fuzz/src/pci_machine.rs"]
+#[allow(unreachable_pub, missing_docs)]
+mod pci_machine;
 #[path = "../../../fuzz/src/pci_topology.rs"]
 #[allow(unreachable_pub, missing_docs)]
 mod pci_topology;

@@ -105,9 +105,17 @@ impl<S: Service> Worker<S> {
 }
 
 impl<S> WorkerHandle<S> {
-    /// Runs `f` on the thread, some time soon.
+    /// Runs `f` on the thread, some time soon; not at all when that has ended.
     pub(crate) fn post(&self, f: impl FnOnce(&mut S) + Send + 'static) {
-        self.0.calls.lock().push(Box::new(f));
+        let call: Call<S> = Box::new(f);
+        let mut calls = self.0.calls.lock();
+        if self.0.ended.load(Ordering::SeqCst) {
+            // Without the lock: what it holds may be a handle.
+            drop(calls);
+            return;
+        }
+        calls.push(call);
+        drop(calls);
         self.wake();
     }
 
@@ -125,6 +133,9 @@ impl<S> Drop for Worker<S> {
             // A panic has been printed by the thread.
             let _ = thread.join();
         }
+        // Calls that came too late may hold handles, which would keep them for ever.
+        let late = std::mem::take(&mut *self.handle.0.calls.lock());
+        drop(late);
     }
 }
 
@@ -211,5 +222,38 @@ mod tests {
         assert!(count.iter().any(|c| c == 2));
         drop(worker);
         assert!(count.iter().last().is_none_or(|c| c == 2));
+    }
+
+    /// A timer's function holds a handle, and a call may hold the timer.
+    #[test]
+    fn calls_that_hold_handles_go_with_the_worker() {
+        let event = crate::doorbell::new_event().unwrap();
+        let counter = Counter {
+            event: crate::doorbell::reader(&event).unwrap(),
+            seen: mpsc::channel().0,
+            count: 0,
+        };
+        let worker = Worker::start("test-worker", counter).unwrap();
+        let handle = worker.handle().clone();
+        let held = Arc::new(());
+        let post = |handle: &WorkerHandle<Counter>| {
+            let inside = (held.clone(), handle.clone());
+            handle.post(move |_| drop(inside));
+        };
+        // While the thread is at something else, so that it never comes to it.
+        let (begin, has_begun) = mpsc::channel();
+        let watched = handle.clone();
+        handle.post(move |_| {
+            begin.send(()).unwrap();
+            while !watched.0.ended.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+        });
+        has_begun.recv().unwrap();
+        post(&handle);
+        drop(worker);
+        assert_eq!(Arc::strong_count(&held), 1);
+        post(&handle);
+        assert_eq!(Arc::strong_count(&held), 1);
     }
 }

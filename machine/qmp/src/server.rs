@@ -156,9 +156,9 @@ mod tests {
         fn quit(&self) {
             self.0.lock().push("quit");
         }
-        fn balloon(&self, target: u64) -> bool {
+        fn balloon(&self, _target: u64) -> bool {
             self.0.lock().push("balloon");
-            target != 13
+            true
         }
         fn query_balloon(&self) -> Option<u64> {
             Some(1 << 20)
@@ -290,6 +290,82 @@ mod tests {
             "GenericError",
             "JSON parse error",
         );
+    }
+
+    /// The words are those of QEMU 7.2 for the same lines.
+    #[test]
+    fn arguments_are_checked_in_qemus_words() {
+        let (_dir, machine, server, mut talk) = server();
+        talk.say(r#"{"execute":"qmp_capabilities"}"#);
+        let command = |name: &str, arguments: Value| {
+            json!({ "execute": name, "arguments": arguments }).to_string()
+        };
+        for (name, arguments, words) in [
+            ("balloon", json!({}), "Parameter 'value' is missing"),
+            (
+                "balloon",
+                json!({ "value": 0 }),
+                "Parameter 'target' expects a size",
+            ),
+            (
+                "balloon",
+                json!({ "value": -5 }),
+                "Parameter 'target' expects a size",
+            ),
+            (
+                "balloon",
+                json!({ "value": "x" }),
+                "Invalid parameter type for 'value', expected: integer",
+            ),
+            (
+                "balloon",
+                json!({ "value": 5, "x": 1 }),
+                "Parameter 'x' is unexpected",
+            ),
+            (
+                "query-balloon",
+                json!({ "x": 1 }),
+                "Parameter 'x' is unexpected",
+            ),
+            (
+                "set_link",
+                json!({ "name": "net0" }),
+                "Parameter 'up' is missing",
+            ),
+            (
+                "set_link",
+                json!({ "name": 7, "up": true }),
+                "Invalid parameter type for 'name', expected: string",
+            ),
+            (
+                "set_link",
+                json!({ "name": "net0", "up": 1 }),
+                "Invalid parameter type for 'up', expected: boolean",
+            ),
+        ] {
+            let answer = talk.say(&command(name, arguments));
+            assert_eq!(error(&answer), ("GenericError", words));
+        }
+        assert!(machine.0.lock().is_empty());
+        let missing = talk.say(&command("set_link", json!({ "name": "net7", "up": true })));
+        assert_eq!(
+            error(&missing),
+            ("DeviceNotFound", "Device 'net7' not found")
+        );
+        let actual = talk.say(&command("query-balloon", json!({})));
+        assert_eq!(actual, json!({ "return": { "actual": 1 << 20 } }));
+        for (name, arguments) in [
+            ("balloon", json!({ "value": 5 })),
+            ("set_link", json!({ "name": "net0", "up": false })),
+        ] {
+            let done = talk.say(&command(name, arguments));
+            assert_eq!(done, json!({ "return": {} }));
+        }
+        assert_eq!(*machine.0.lock(), ["up", "balloon", "down"]);
+        server.event(&Event::BalloonChange { actual: 7 });
+        let event = talk.read();
+        assert_eq!(event["event"], "BALLOON_CHANGE");
+        assert_eq!(event["data"], json!({ "actual": 7 }));
     }
 
     #[test]

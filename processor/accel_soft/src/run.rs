@@ -128,8 +128,18 @@ impl Engine {
     /// Throws all blocks and their code away.
     fn clear_blocks(&mut self) {
         self.cache.clear();
+        // Keys are given out anew.
+        self.cpu.hot.key = 0;
         if let Some(translator) = &mut self.translator {
             translator.clear();
+        }
+    }
+
+    /// Throws all away when another block may not fit.
+    fn make_room(&mut self) {
+        if self.cache.is_full() {
+            self.cache.grow(self.cpu.instructions);
+            self.clear_blocks();
         }
     }
 
@@ -222,7 +232,7 @@ impl Engine {
         let code = this.code;
         if found {
             let rip = self.cpu.rip;
-            translator.enter(&mut self.cpu, rip, code.far);
+            translator.enter(&mut self.cpu, rip, code.far());
         }
         let why = translator.run(&mut self.cpu, code.near, self.cache.ops_at());
         let counts = &mut translator.statistics;
@@ -609,7 +619,10 @@ impl Engine {
         if let Some(found) = self.cache.find(host, mode) {
             // SAFETY: a live block of the cache.
             let this = unsafe { &*found };
-            let fits = !this.is_across() || self.second_page(linear)? == this.second.host;
+            let fits = match this.second() {
+                Some(second) => self.second_page(linear)? == second.host,
+                None => true,
+            };
             if fits && (this.is_fresh() || self.revalidate(found)) {
                 return Ok(found);
             }
@@ -688,9 +701,7 @@ impl Engine {
         host: *const u8,
         mode: Mode,
     ) -> Result<*const Block> {
-        if self.cache.is_full() {
-            self.clear_blocks();
-        }
+        self.make_room();
         let Some(generation) = self.mark(host) else {
             return self.fetch_from_device(linear, mode);
         };
@@ -711,7 +722,7 @@ impl Engine {
         }
         let source = &bytes[..decoded.len];
         let block = self.cache.insert(host, mode, first, decoded.count);
-        Ok(self.cache.know(block, source, generation, Second::NONE))
+        Ok(self.cache.know(block, source, generation, None))
     }
 
     /// The page behind the one of a linear address, in the host; null for device space.
@@ -753,9 +764,7 @@ impl Engine {
         let Some((generation, second)) = marked else {
             return Ok(self.pass(&bytes, mode));
         };
-        if self.cache.is_full() {
-            self.clear_blocks();
-        }
+        self.make_room();
         let at = self.cache.ops().len();
         let decoded = block::decode(&bytes, false, mode | Mode::STEP, self.cache.ops());
         let block = self.cache.insert(host, mode, at, decoded.count);
@@ -766,7 +775,7 @@ impl Engine {
         };
         Ok(self
             .cache
-            .know(block, &bytes[..decoded.len], generation, second))
+            .know(block, &bytes[..decoded.len], generation, Some(second)))
     }
 
     /// An instruction in device space.
@@ -832,5 +841,36 @@ impl Cpu {
             self.leave_block = true;
         }
         self.shared.map_seen.store(generation, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{engine, run_blocks_to_halt};
+
+    /// Returns that translated code does not find leave it, so that many of them show.
+    #[test]
+    fn returns_are_found_again_after_all_code_was_thrown_away() {
+        // 0: mov ecx, 5000; 5: call 12; 10: dec ecx; jnz 5; hlt. 15: ret.
+        let code = [
+            0xb9, 0x88, 0x13, 0, 0, 0xe8, 5, 0, 0, 0, 0xff, 0xc9, 0x75, 0xf7, 0xf4, 0xc3,
+        ];
+        let mut engine = engine(64, &code);
+        let start = engine.cpu.rip;
+        let mut left = [0; 3];
+        for (round, times) in left.iter_mut().enumerate() {
+            engine.cpu.rip = start;
+            engine.cpu.halted = false;
+            run_blocks_to_halt(&mut engine);
+            let counts = engine.translator.as_ref().unwrap().statistics;
+            *times = counts.links + counts.others;
+            // The second round is in another address space; only that is known when the code is thrown away.
+            if round == 0 {
+                engine.cpu.tlb.flush_all();
+            } else {
+                engine.cpu.code_stale = true;
+            }
+        }
+        assert!(left[0] > 0 && left[2] < 300, "{left:?}");
     }
 }

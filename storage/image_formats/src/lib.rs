@@ -5,12 +5,9 @@
 
 pub mod copy;
 pub mod deflate;
-#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod details;
-#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod fields;
 mod identity;
-#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod mapped;
 mod names;
 mod new;

@@ -30,7 +30,7 @@ pub(crate) enum Purpose<'a> {
 }
 
 /// Modules that a guest may need; what they depend on comes with them.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 10] = [
     "kernel/drivers/virtio/virtio_mmio.ko",
     "kernel/drivers/virtio/virtio_pci.ko",
     "kernel/drivers/block/virtio_blk.ko",
@@ -39,6 +39,8 @@ const MODULES: [&str; 8] = [
     "kernel/drivers/char/virtio_console.ko",
     "kernel/drivers/virtio/virtio_balloon.ko",
     "kernel/net/vmw_vsock/vmw_vsock_virtio_transport.ko",
+    "kernel/drivers/acpi/button.ko",
+    "kernel/drivers/input/evdev.ko",
 ];
 
 const PROLOGUE: &str = "#!/bin/busybox sh

@@ -34,6 +34,7 @@ pub(crate) fn test_guest() -> Result<Boot> {
     let kernel = kernel::fetch()?;
     let folder = host::folder("guest")?;
     let (program, initrd) = (folder.join("vsock"), folder.join("initrd-test.img"));
+    host::need_packages(&["gcc", "libc6-dev"])?;
     let mut compile = host::command("gcc");
     compile.args(["-O2", "-static", "-o"]).arg(&program);
     host::run_quietly(compile.arg("tests/guest/vsock.c"))?;

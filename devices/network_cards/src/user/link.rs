@@ -82,7 +82,6 @@ pub(crate) struct Link {
     epoll: OwnedFd,
     fragment_id: u32,
     /// Wild frames of tests must not reach anything but the test's own server.
-    #[cfg(test)]
     pub(crate) only_target: Option<SocketAddr>,
 }
 
@@ -103,7 +102,6 @@ impl Link {
             outbox: VecDeque::new(),
             epoll,
             fragment_id: 0,
-            #[cfg(test)]
             only_target: None,
             timers,
         };
@@ -197,7 +195,6 @@ impl Link {
     /// Where a socket must go to reach what the guest calls `dst`.
     pub(crate) fn translate(&mut self, dst: SocketAddr) -> Result<SocketAddr, Blocked> {
         let target = self.target_of(dst)?;
-        #[cfg(test)]
         if self.only_target.is_some_and(|only| only != target) {
             return Err(Blocked::Nowhere);
         }

@@ -132,6 +132,54 @@ impl NetBackend for UserNet {
     }
 }
 
+/// The network driven by hand, for tests with wild guests: whoever calls says what time it is, and there is one address
+/// only that the guest reaches.
+#[derive(Debug)]
+pub struct SteppedNet(Stack);
+
+impl SteppedNet {
+    /// Makes the network and opens its forwarded ports; the second value says where they are. Of the addresses that the
+    /// guest names only those lead anywhere that stand for `only_target`.
+    ///
+    /// # Errors
+    /// As [`UserNet::new`].
+    pub fn new(
+        config: UserNetConfig,
+        only_target: SocketAddr,
+    ) -> Result<(Self, Vec<SocketAddr>), NetError> {
+        let (mut stack, forwards) = Stack::new(config)?;
+        stack.link.only_target = Some(only_target);
+        Ok((Self(stack), forwards))
+    }
+
+    /// As [`NetBackend::set_offloads`].
+    pub fn set_offloads(&mut self, accepted: Offloads) {
+        self.0.link.accepted = accepted.consistent() & RECEIVE_OFFLOADS;
+    }
+
+    /// As [`NetQueue::transmit`], at `now` in milliseconds, which never falls.
+    pub fn transmit(&mut self, header: &OffloadHeader, frame: &[IoSlice<'_>], now: u64) {
+        self.0.transmit(header, frame, now);
+    }
+
+    /// As [`NetQueue::process`].
+    ///
+    /// # Errors
+    /// When the host refuses to wait for sockets.
+    pub fn process(&mut self, now: u64) -> Result<(), NetError> {
+        self.0.process(now)
+    }
+
+    /// As [`NetQueue::receive`].
+    pub fn receive(
+        &mut self,
+        buffers: &mut [IoSliceMut<'_>],
+        now: u64,
+    ) -> Option<(OffloadHeader, usize)> {
+        self.0.receive(buffers, now)
+    }
+}
+
 /// The one queue pair of a user-mode network.
 #[derive(Debug)]
 struct UserQueue {

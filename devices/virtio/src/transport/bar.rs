@@ -5,15 +5,12 @@ use std::sync::Arc;
 
 use device_model::{IoHandler, Widths};
 use guest_memory::GuestMemory;
-use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::registers::Registers;
-use super::signals::{FunctionInterrupts, Signals};
+use super::frontend::{DeviceStatus, Frontend};
+use super::signals::FunctionInterrupts;
 use super::spec::common;
 use crate::device::VirtioDevice;
-use crate::doorbell;
-use crate::spec::Status;
 
 /// Where the structures lie.
 pub(super) mod layout {
@@ -33,24 +30,11 @@ pub(super) mod layout {
     pub(in crate::transport) const SIZE: u64 = 0x4000;
 }
 
-/// How a device is doing, for people and monitors.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceStatus {
-    /// Its status register.
-    pub status: Status,
-    /// What went wrong last.
-    pub failure: Option<String>,
-}
-
 /// A device behind its registers.
 ///
 /// vCPUs call it. Doorbells and ISR status take no lock; the rest takes the registers' lock, under which the device itself is
 /// called.
-pub struct ModernBar {
-    registers: Mutex<Registers>,
-    signals: Arc<Signals>,
-    doorbells: Arc<Vec<EventFd>>,
-}
+pub struct ModernBar(Frontend);
 
 impl ModernBar {
     /// Puts registers before a device. `vectors` is the number of MSI-X vectors that the function has; `withheld` are features
@@ -65,54 +49,26 @@ impl ModernBar {
         vectors: u16,
         withheld: u64,
     ) -> io::Result<Self> {
-        let queues = device.queue_sizes().len();
-        let doorbells: io::Result<Vec<EventFd>> =
-            (0..queues).map(|_| doorbell::new_event()).collect();
-        let doorbells = Arc::new(doorbells?);
-        let signals = Arc::new(Signals::new(interrupts, queues));
-        let registers = Registers::new(
-            memory.clone(),
-            device,
-            signals.clone(),
-            doorbells.clone(),
-            vectors,
-            withheld,
-        );
-        Ok(Self {
-            registers: Mutex::new(registers),
-            signals,
-            doorbells,
-        })
+        let memory = memory.clone();
+        Frontend::new(memory, device, interrupts, vectors, withheld).map(Self)
     }
 
     /// Resets the device, as its function is reset. When this returns, nothing of it touches guest memory.
     pub fn reset(&self) {
-        self.registers.lock().reset();
+        self.0.reset();
     }
 
     /// How the device is doing.
     pub fn status(&self) -> DeviceStatus {
-        DeviceStatus {
-            status: self.registers.lock().status(),
-            failure: self.signals.failure(),
-        }
+        self.0.status()
     }
 
     /// The queues' doorbells: offset in the base address register, and the event that a write there signals.
     pub fn doorbells(&self) -> impl Iterator<Item = (u64, &EventFd)> {
-        let offset = |i| layout::NOTIFY + i as u64 * layout::NOTIFY_MULTIPLIER;
-        self.doorbells
-            .iter()
-            .enumerate()
-            .map(move |(i, e)| (offset(i), e))
-    }
-
-    fn ring(&self, offset: u64) {
-        let queue = offset / layout::NOTIFY_MULTIPLIER;
-        if let Some(event) = self.doorbells.get(queue as usize) {
-            // Fails only when the counter would overflow: it is signalled then.
-            let _ = event.write(1);
-        }
+        let offset = |queue| layout::NOTIFY + queue * layout::NOTIFY_MULTIPLIER;
+        self.0
+            .doorbells()
+            .map(move |(queue, event)| (offset(queue), event))
     }
 }
 
@@ -125,9 +81,9 @@ impl IoHandler for ModernBar {
         data.fill(0);
         let at = (offset % layout::PART) as usize;
         match offset - at as u64 {
-            layout::COMMON if at < common::SIZE => self.registers.lock().read(at, data),
-            layout::ISR if at == 0 => data[0] = self.signals.take_isr(),
-            layout::DEVICE => self.registers.lock().read_device(at, data),
+            layout::COMMON if at < common::SIZE => self.0.registers().read(at, data),
+            layout::ISR if at == 0 => data[0] = self.0.signals.take_isr(),
+            layout::DEVICE => self.0.registers().read_device(at, data),
             _ => {}
         }
     }
@@ -135,9 +91,9 @@ impl IoHandler for ModernBar {
     fn write(&self, offset: u64, data: &[u8]) {
         let at = (offset % layout::PART) as usize;
         match offset - at as u64 {
-            layout::COMMON => self.registers.lock().write(at, data),
-            layout::DEVICE => self.registers.lock().device().write_config(at, data),
-            layout::NOTIFY => self.ring(at as u64),
+            layout::COMMON => self.0.registers().write(at, data),
+            layout::DEVICE => self.0.registers().device().write_config(at, data),
+            layout::NOTIFY => self.0.ring(at as u64 / layout::NOTIFY_MULTIPLIER),
             _ => {}
         }
     }

@@ -7,15 +7,11 @@ use device_model::{
     Device, Doorbell, Doorbells, IoBus, IoError, IoHandler, IoRegion, IrqLine, ResetKind, Widths,
 };
 use guest_memory::GuestMemory;
-use parking_lot::Mutex;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::bar::DeviceStatus;
-use super::registers::Registers;
-use super::signals::{FunctionInterrupts, Signals};
+use super::frontend::{DeviceStatus, Frontend};
+use super::signals::FunctionInterrupts;
 use super::spec::{common, mmio};
 use crate::device::VirtioDevice;
-use crate::doorbell;
 use crate::spec::DeviceType;
 
 /// What a memory-mapped device is connected to.
@@ -50,9 +46,7 @@ pub struct VirtioMmio {
     kind: DeviceType,
     short_cut: Option<Arc<dyn Doorbells>>,
     // Runtime.
-    registers: Mutex<Registers>,
-    signals: Arc<Signals>,
-    doorbells: Arc<Vec<EventFd>>,
+    frontend: Frontend,
 }
 
 impl VirtioMmio {
@@ -66,26 +60,13 @@ impl VirtioMmio {
         wiring: MmioWiring,
     ) -> io::Result<Arc<Self>> {
         let kind = device.device_type();
-        let queues = device.queue_sizes().len();
-        let doorbells: io::Result<Vec<EventFd>> =
-            (0..queues).map(|_| doorbell::new_event()).collect();
-        let doorbells = Arc::new(doorbells?);
-        let signals = Arc::new(Signals::new(Arc::new(Line(wiring.interrupt)), queues));
-        let registers = Registers::new(
-            wiring.memory,
-            device,
-            signals.clone(),
-            doorbells.clone(),
-            0,
-            wiring.withheld,
-        );
+        let line = Arc::new(Line(wiring.interrupt));
+        let frontend = Frontend::new(wiring.memory, device, line, 0, wiring.withheld)?;
         Ok(Arc::new(Self {
             name: name.into(),
             kind,
             short_cut: wiring.doorbells,
-            registers: Mutex::new(registers),
-            signals,
-            doorbells,
+            frontend,
         }))
     }
 
@@ -96,11 +77,11 @@ impl VirtioMmio {
     pub fn attach(self: &Arc<Self>, memory: &IoBus, base: u64) -> Result<IoRegion, IoError> {
         let region = memory.add(base, mmio::SIZE, &self.name, self.clone())?;
         if let Some(short_cut) = &self.short_cut {
-            for (queue, event) in self.doorbells.iter().enumerate() {
+            for (queue, event) in self.frontend.doorbells() {
                 let bell = Doorbell {
                     address: base + mmio::QUEUE_NOTIFY,
                     len: 4,
-                    value: Some(queue as u64),
+                    value: Some(queue),
                 };
                 // Without the short cut the write comes to `write`.
                 short_cut.add(bell, event);
@@ -111,16 +92,13 @@ impl VirtioMmio {
 
     /// How the device is doing.
     pub fn status(&self) -> DeviceStatus {
-        DeviceStatus {
-            status: self.registers.lock().status(),
-            failure: self.signals.failure(),
-        }
+        self.frontend.status()
     }
 
     /// A register of common configuration, `len` bytes of it.
     fn common(&self, at: usize, len: usize) -> u32 {
         let mut bytes = [0; 4];
-        self.registers.lock().read(at, &mut bytes[..len]);
+        self.frontend.registers().read(at, &mut bytes[..len]);
         u32::from_le_bytes(bytes)
     }
 
@@ -131,9 +109,9 @@ impl VirtioMmio {
             mmio::DEVICE_ID => self.kind as u32,
             mmio::VENDOR_ID => mmio::VENDOR,
             mmio::DEVICE_FEATURES => self.common(common::DEVICE_FEATURE, 4),
-            mmio::QUEUE_NUM_MAX => u32::from(self.registers.lock().max_size()),
+            mmio::QUEUE_NUM_MAX => u32::from(self.frontend.registers().max_size()),
             mmio::QUEUE_READY => self.common(common::QUEUE_ENABLE, 2),
-            mmio::INTERRUPT_STATUS => u32::from(self.signals.isr()),
+            mmio::INTERRUPT_STATUS => u32::from(self.frontend.signals.isr()),
             mmio::STATUS => self.common(common::STATUS, 1),
             // There is no shared memory region, which a length of -1 says (section 4.2.2).
             mmio::SHM_LEN_LOW..=mmio::SHM_BASE_HIGH => u32::MAX,
@@ -162,8 +140,8 @@ impl VirtioMmio {
             mmio::QUEUE_DEVICE_LOW | mmio::QUEUE_DEVICE_HIGH => {
                 (common::QUEUE_DEVICE + (offset & 4) as usize, 4)
             }
-            mmio::QUEUE_NOTIFY => return self.ring(value),
-            mmio::INTERRUPT_ACK => return self.signals.acknowledge(value as u8),
+            mmio::QUEUE_NOTIFY => return self.frontend.ring(value.into()),
+            mmio::INTERRUPT_ACK => return self.frontend.signals.acknowledge(value as u8),
             _ => return,
         };
         // A selector of more bits than there can be queues selects none.
@@ -173,14 +151,7 @@ impl VirtioMmio {
             value
         };
         let bytes = value.to_le_bytes();
-        self.registers.lock().write(at, &bytes[..len]);
-    }
-
-    fn ring(&self, queue: u32) {
-        if let Some(event) = self.doorbells.get(queue as usize) {
-            // Fails only when the counter would overflow: it is signalled then.
-            let _ = event.write(1);
-        }
+        self.frontend.registers().write(at, &bytes[..len]);
     }
 }
 
@@ -192,7 +163,7 @@ impl IoHandler for VirtioMmio {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(at) = offset.checked_sub(mmio::CONFIG) {
-            self.registers.lock().read_device(at as usize, data);
+            self.frontend.registers().read_device(at as usize, data);
         } else if data.len() == 4 {
             // Registers are 32 bits wide; other accesses are undefined (section 4.2.2.2).
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
@@ -201,7 +172,7 @@ impl IoHandler for VirtioMmio {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some(at) = offset.checked_sub(mmio::CONFIG) {
-            let mut registers = self.registers.lock();
+            let mut registers = self.frontend.registers();
             registers.device().write_config(at as usize, data);
         } else if let Ok(bytes) = data.try_into() {
             self.write_register(offset, u32::from_le_bytes(bytes));
@@ -215,7 +186,7 @@ impl Device for VirtioMmio {
     }
 
     fn reset(&self, _kind: ResetKind) {
-        self.registers.lock().reset();
+        self.frontend.reset();
     }
 }
 

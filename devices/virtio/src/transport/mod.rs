@@ -1,6 +1,7 @@
 //! How a guest reaches a device.
 
 mod bar;
+mod frontend;
 mod mmio;
 mod pci;
 mod registers;
@@ -9,5 +10,6 @@ pub mod spec;
 
 pub use self::mmio::{MmioWiring, VirtioMmio};
 pub use self::pci::{PciWiring, VirtioPci, VirtioPciError};
-pub use bar::{DeviceStatus, ModernBar};
+pub use bar::ModernBar;
+pub use frontend::DeviceStatus;
 pub use signals::FunctionInterrupts;

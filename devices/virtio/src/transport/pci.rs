@@ -10,7 +10,8 @@ use pci::{
     Bar, BarKind, ExpressType, FunctionBuilder, Identity, Msix, PciDevice, PciError, PciFunction,
 };
 
-use super::bar::{DeviceStatus, ModernBar, layout};
+use super::bar::{ModernBar, layout};
+use super::frontend::DeviceStatus;
 use super::signals::FunctionInterrupts;
 use super::spec::{DEVICE_BASE, SUBSYSTEM, VENDOR, capability};
 use crate::device::VirtioDevice;

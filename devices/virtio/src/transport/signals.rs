@@ -69,12 +69,8 @@ impl Signals {
 
     /// Reads ISR status, which clears it and lowers the pin.
     pub(super) fn take_isr(&self) -> u8 {
-        let isr = self.isr.swap(0, Ordering::SeqCst);
-        self.interrupts.set_level(false);
-        // One raised between the two lines above would have been lowered.
-        if self.isr.load(Ordering::SeqCst) != 0 {
-            self.interrupts.set_level(true);
-        }
+        let isr = self.isr();
+        self.acknowledge(isr);
         isr
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use chipset::GenericEvents;
-use device_model::{Doorbells, ResetKind};
+use device_model::ResetKind;
 use virtio::device::VirtioDevice;
 use virtio::transport::spec::mmio;
 use virtio::transport::{MmioWiring, VirtioMmio};
@@ -12,7 +12,6 @@ use super::core::Core;
 use super::{Base, Board};
 use crate::MachineError;
 use crate::firmware::{Platform, Transport};
-use crate::io::Processor;
 use crate::memory_map::{GENERIC_EVENTS, VIRTIO_MMIO};
 
 /// I/O APIC input of the generic events.
@@ -71,10 +70,9 @@ impl Board for Microvm {
         }
         let gsi = FIRST_GSI + number % GSIS;
         let address = VIRTIO_MMIO + number as u64 * mmio::SIZE;
-        let doorbells: Arc<dyn Doorbells> = Arc::new(Processor(self.base.vm.clone()));
         let wiring = MmioWiring {
             memory: self.base.memory.clone(),
-            doorbells: Some(doorbells),
+            doorbells: self.base.doorbells(),
             interrupt: self.core.pins.gsi[gsi].line(),
             withheld,
         };

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use accel::Vm;
-use device_model::{CharBackend, IoBus, PowerControl, ResetKind};
+use device_model::{CharBackend, Doorbells, IoBus, PowerControl, ResetKind};
 use guest_clock::GuestClock;
 use guest_memory::GuestMemory;
 use virtio::device::VirtioDevice;
@@ -17,7 +17,7 @@ use vm_spec::{MachineType, VmSpec};
 
 use crate::MachineError;
 use crate::firmware::Platform;
-use crate::io::Controllers;
+use crate::io::{Controllers, Processor};
 use crate::memory_map::MemoryMap;
 use core::Core;
 use microvm::Microvm;
@@ -32,6 +32,13 @@ pub(crate) struct Base {
     pub(crate) clock: GuestClock,
     pub(crate) power: Arc<dyn PowerControl>,
     pub(crate) map: MemoryMap,
+}
+
+impl Base {
+    /// The processor's short cut for doorbells.
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        Some(Arc::new(Processor(self.vm.clone())))
+    }
 }
 
 /// A board.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use chipset::{AcpiPm, Hpet, HpetPins, I8042, ResetControl};
-use device_model::{Device, Doorbells, ResetKind};
+use device_model::{Device, ResetKind};
 use pci::lpc::{PIRQS, PM_DEFAULT_BASE};
 use pci::{
     ConfigAccess, Devfn, ExpressType, Fabric, Lpc, Mch, PciBus, PciDevice, PciHandle, RootWindows,
@@ -15,7 +15,6 @@ use super::core::Core;
 use super::{Base, Board};
 use crate::MachineError;
 use crate::firmware::Platform;
-use crate::io::Processor;
 use crate::memory_map::{ECAM, HIGH, PCI_MEMORY};
 
 /// I/O APIC inputs of the eight PCI interrupt wires.
@@ -133,10 +132,9 @@ impl Board for Q35 {
         device: Box<dyn VirtioDevice>,
         withheld: u64,
     ) -> Result<(), MachineError> {
-        let doorbells: Arc<dyn Doorbells> = Arc::new(Processor(self.base.vm.clone()));
         let wiring = PciWiring {
             memory: self.base.memory.clone(),
-            doorbells: Some(doorbells),
+            doorbells: self.base.doorbells(),
             express: Some(ExpressType::RootIntegratedEndpoint),
             withheld,
         };

@@ -2,6 +2,9 @@
 
 use std::io::Read;
 
+/// Most bytes that xz and lzma may take for what they look back on. Kernels are built with up to 128 MiB.
+const DICTIONARY_MAX: u64 = 1 << 28;
+
 /// Decompresses by the format that the first bytes name. The build of the kernel puts the size behind the
 /// compressed data, which every reader here passes over. What is not compressed comes back as it is.
 pub(super) fn decompress(packed: &[u8], limit: usize) -> Result<Vec<u8>, String> {
@@ -9,10 +12,16 @@ pub(super) fn decompress(packed: &[u8], limit: usize) -> Result<Vec<u8>, String>
         [0x1f, 0x8b, ..] => read("gzip", flate2::read::GzDecoder::new(packed), limit),
         [b'B', b'Z', b'h', ..] => read("bzip2", bzip2::read::BzDecoder::new(packed), limit),
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
-            read("xz", liblzma::read::XzDecoder::new(packed), limit)
+            let stream = liblzma::stream::Stream::new_stream_decoder(DICTIONARY_MAX, 0)
+                .map_err(|e| format!("xz: {e}"))?;
+            read(
+                "xz",
+                liblzma::read::XzDecoder::new_stream(packed, stream),
+                limit,
+            )
         }
         [0x5d, 0, 0, ..] => {
-            let stream = liblzma::stream::Stream::new_lzma_decoder(1 << 28)
+            let stream = liblzma::stream::Stream::new_lzma_decoder(DICTIONARY_MAX)
                 .map_err(|e| format!("lzma: {e}"))?;
             read(
                 "lzma",
@@ -185,6 +194,25 @@ mod tests {
         wrong.extend(&packed[8 + first..]);
         assert!(decompress(&wrong, 64 << 20).is_err());
         assert!(decompress(&packed[..4], 64 << 20).unwrap().is_empty());
+    }
+
+    /// A few bytes must not make the host reserve gigabytes.
+    #[test]
+    fn an_xz_payload_that_asks_for_too_much_memory_is_refused() {
+        let mut packer = liblzma::write::XzEncoder::new(Vec::new(), 6);
+        packer.write_all(b"some bytes").unwrap();
+        let mut packed = packer.finish().unwrap();
+        assert_eq!(decompress(&packed, 1000).unwrap(), b"some bytes");
+        // The block's header: its length, flags, and the one filter, LZMA2, with the size of its dictionary (The .xz File
+        // Format 1.2, sections 3.1 and 5.3.1).
+        let end = 12 + (usize::from(packed[12]) + 1) * 4;
+        assert_eq!(packed[14..16], [0x21, 1]);
+        packed[16] = 40; // 4 GiB
+        let mut sum = flate2::Crc::new();
+        sum.update(&packed[12..end - 4]);
+        packed[end - 4..end].copy_from_slice(&sum.sum().to_le_bytes());
+        let why = decompress(&packed, 1000).unwrap_err();
+        assert!(why.contains("xz"), "{why}");
     }
 
     #[test]

@@ -34,21 +34,12 @@ pub(crate) static NO_GENERATION: AtomicU32 = AtomicU32::new(0);
 /// The second page of an instruction that lies in two.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Second {
-    /// The page in the host, or null.
+    /// The page in the host.
     pub(crate) host: *const u8,
     /// Where its generation stands.
     pub(crate) generation_at: *const AtomicU32,
     /// The generation under which the bytes were decoded.
     pub(crate) generation: u32,
-}
-
-impl Second {
-    /// All is in one page.
-    pub(crate) const NONE: Self = Self {
-        host: std::ptr::null(),
-        generation_at: &raw const NO_GENERATION,
-        generation: 0,
-    };
 }
 
 /// A decoded block.
@@ -71,12 +62,14 @@ pub(crate) struct Block {
     pub(crate) links: [Link; 2],
     /// Bytes that it was decoded from: where in the cache's bytes, and how many.
     pub(crate) bytes: (u32, u16),
-    /// The rest of its only instruction.
-    pub(crate) second: Second,
+    /// Where the rest of its only instruction is, when it lies in two pages; or null.
+    second: *const Second,
     /// Its translation.
     pub(crate) code: Code,
     next: u32,
 }
+
+const _: () = assert!(size_of::<Block>() == 128);
 
 impl Block {
     /// A block of one instruction that is not in the cache.
@@ -90,7 +83,7 @@ impl Block {
             host: std::ptr::null(),
             links: [NO_LINK; 2],
             bytes: (0, 0),
-            second: Second::NONE,
+            second: std::ptr::null(),
             code: Code::default(),
             next: 0,
         }
@@ -100,26 +93,47 @@ impl Block {
     #[inline(always)]
     pub(crate) fn is_fresh(&self) -> bool {
         // SAFETY: the generations live as long as the backing, and the cache is emptied before a backing goes.
-        unsafe {
-            (*self.generation_at).load(Ordering::Relaxed) == self.generation
-                && (*self.second.generation_at).load(Ordering::Relaxed) == self.second.generation
-        }
+        let first = unsafe { (*self.generation_at).load(Ordering::Relaxed) };
+        first == self.generation && (self.second.is_null() || self.second_is_fresh())
+    }
+
+    #[cold]
+    fn second_is_fresh(&self) -> bool {
+        self.second().is_none_or(|second| {
+            // SAFETY: as in `is_fresh`.
+            let now = unsafe { (*second.generation_at).load(Ordering::Relaxed) };
+            now == second.generation
+        })
+    }
+
+    /// The second page of its only instruction, when that lies in two.
+    pub(crate) fn second(&self) -> Option<&Second> {
+        // SAFETY: null, or in an arena of the cache that the block is in, which are emptied together.
+        unsafe { self.second.as_ref() }
     }
 
     /// True for an instruction that lies in two pages.
     #[inline(always)]
     pub(crate) fn is_across(&self) -> bool {
-        !self.second.host.is_null()
+        !self.second.is_null()
     }
 }
 
+/// Blocks that there is room for at first.
+const BLOCKS: usize = 3 << 13;
 /// Most blocks.
-const BLOCKS: usize = 1 << 16;
-/// Most operations.
-const OPS: usize = BLOCKS * 8;
-/// Bytes of source that are kept to compare.
-const BYTES: usize = BLOCKS * 32;
+const BLOCKS_MAX: usize = 3 << 15;
+/// Operations for a block.
+const OPS: usize = 6;
+/// Most operations of a cache.
+pub(crate) const MAX_OPS: usize = BLOCKS_MAX * OPS;
+/// Bytes of source that are kept to compare, for a block.
+const BYTES: usize = 24;
+/// Instructions that lie in two pages, for so many blocks.
+const SECONDS: usize = 16;
 const BUCKETS: usize = 1 << 16;
+/// A cache that is full again after fewer instructions than this is too small for what runs.
+const SOON: u64 = 75_000_000;
 
 /// See the module.
 pub(crate) struct BlockCache {
@@ -127,6 +141,11 @@ pub(crate) struct BlockCache {
     blocks: Vec<Block>,
     ops: Vec<Op>,
     bytes: Vec<u8>,
+    seconds: Vec<Second>,
+    /// Blocks that there is room for.
+    room: usize,
+    /// Instructions that had been executed when it was last full.
+    full_at: u64,
     /// Times that everything was thrown away.
     pub(crate) flushes: u64,
 }
@@ -136,9 +155,12 @@ impl BlockCache {
     pub(crate) fn new() -> Self {
         Self {
             buckets: vec![0; BUCKETS],
-            blocks: Vec::with_capacity(BLOCKS),
-            ops: Vec::with_capacity(OPS),
-            bytes: Vec::with_capacity(BYTES),
+            blocks: Vec::with_capacity(BLOCKS_MAX),
+            ops: Vec::with_capacity(MAX_OPS),
+            bytes: Vec::with_capacity(BLOCKS_MAX * BYTES),
+            seconds: Vec::with_capacity(BLOCKS_MAX / SECONDS),
+            room: BLOCKS,
+            full_at: 0,
             flushes: 0,
         }
     }
@@ -164,9 +186,18 @@ impl BlockCache {
 
     /// True when another block may not fit.
     pub(crate) fn is_full(&self) -> bool {
-        self.blocks.len() == BLOCKS
-            || self.ops.len() + MAX_INSTRUCTIONS + 1 > OPS
-            || self.bytes.len() + MAX_BYTES > BYTES
+        self.blocks.len() == self.room
+            || self.ops.len() + MAX_INSTRUCTIONS + 1 > self.room * OPS
+            || self.bytes.len() + MAX_BYTES > self.room * BYTES
+            || self.seconds.len() == self.room / SECONDS
+    }
+
+    /// Has room for more when it is full again too soon. To be called before it is cleared for being full.
+    pub(crate) fn grow(&mut self, instructions: u64) {
+        if instructions.wrapping_sub(self.full_at) < SOON {
+            self.room = (self.room * 2).min(BLOCKS_MAX);
+        }
+        self.full_at = instructions;
     }
 
     /// Throws everything away. No pointer to a block may be used afterwards.
@@ -175,6 +206,7 @@ impl BlockCache {
         self.blocks.clear();
         self.ops.clear();
         self.bytes.clear();
+        self.seconds.clear();
         self.flushes += 1;
     }
 
@@ -211,7 +243,7 @@ impl BlockCache {
             host,
             links: [NO_LINK; 2],
             bytes: (0, 0),
-            second: Second::NONE,
+            second: std::ptr::null(),
             code: Code::default(),
             next: self.buckets[bucket],
         };
@@ -226,7 +258,7 @@ impl BlockCache {
         block: *mut Block,
         bytes: &[u8],
         generation: (*const AtomicU32, u32),
-        second: Second,
+        second: Option<Second>,
     ) -> *const Block {
         let at = self.bytes.len();
         self.bytes.extend_from_slice(bytes);
@@ -234,7 +266,13 @@ impl BlockCache {
         let this = unsafe { &mut *block };
         this.bytes = (at as u32, bytes.len() as u16);
         (this.generation_at, this.generation) = generation;
-        this.second = second;
+        if let Some(second) = second {
+            self.seconds.push(second);
+            this.second = self
+                .seconds
+                .last()
+                .map_or(std::ptr::null(), std::ptr::from_ref);
+        }
         block
     }
 

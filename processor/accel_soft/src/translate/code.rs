@@ -44,8 +44,8 @@ pub(crate) enum Kept {
 /// A jump that waits for its target to be translated.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Link {
-    /// Where in the code the distance is.
-    pub(crate) place: u64,
+    /// Where in all code the distance is.
+    pub(crate) place: u32,
     /// The target, relative to the page.
     pub(crate) target: i32,
 }

@@ -102,6 +102,11 @@ impl CodeMemory {
         self.executable.start() as u64 + self.used as u64
     }
 
+    /// The address at which the first code is executed.
+    pub(crate) fn start(&self) -> u64 {
+        self.executable.start() as u64
+    }
+
     /// Bytes in use.
     pub(crate) fn used(&self) -> usize {
         self.used

@@ -46,7 +46,7 @@ use hot::OpPlace;
 pub(crate) use hot::{Gate, Hot};
 pub(crate) use runtime::exit;
 
-use crate::block::{Block, decoder_options};
+use crate::block::{Block, MAX_OPS, decoder_options};
 use crate::cpu::{Cpu, Mode, Op};
 use code::{At, Compiler, Link};
 use emit::Asm;
@@ -55,6 +55,8 @@ use liveness::Successors;
 use memory::CodeMemory;
 use stubs::Stubs;
 
+/// There are hardly more links than one in so many bytes of code.
+const CODE_OF_LINK: usize = 64;
 /// No block becomes longer than this.
 const MOST_CODE: usize = 64 << 10;
 
@@ -79,10 +81,10 @@ pub(crate) fn is_for(mode: Mode) -> bool {
 pub(crate) struct Code {
     /// Where code in the same page goes; zero: there is none.
     pub(crate) near: u64,
-    /// Where code elsewhere goes.
-    pub(crate) far: u64,
-    /// Where it goes on when it is stale.
-    stale: u64,
+    /// Bytes from where code elsewhere goes to `near`.
+    far: u16,
+    /// Bytes from `near` to where it goes on when it is stale.
+    stale: u16,
     /// The first bytes, when it is stale.
     first: [u8; 5],
     /// It is stale.
@@ -91,6 +93,13 @@ pub(crate) struct Code {
     x87_first: bool,
     /// Runs so far.
     pub(crate) runs: u16,
+}
+
+impl Code {
+    /// Where code elsewhere goes.
+    pub(crate) fn far(&self) -> u64 {
+        self.near - u64::from(self.far)
+    }
 }
 
 /// What was compiled of a page.
@@ -146,11 +155,12 @@ impl Translator {
             memory,
             asm,
             stubs,
-            links: Vec::new(),
+            // These take memory only as they fill, and never need to move.
+            links: Vec::with_capacity(size / CODE_OF_LINK),
             jumps: jumps::Jumps::new(),
             pages: HashMap::new(),
             dead: HashMap::new(),
-            places: Vec::new(),
+            places: Vec::with_capacity(MAX_OPS),
             has_rorx: stubs::has_rorx(),
             common,
             statistics: TranslationStatistics::default(),
@@ -203,14 +213,16 @@ impl Translator {
 
     /// Makes a link lead to code.
     pub(crate) fn patch(&mut self, link: u32, near: u64) {
-        self.memory
-            .patch_jump(self.links[link as usize].place, near);
+        let place = self.memory.start() + u64::from(self.links[link as usize].place);
+        self.memory.patch_jump(place, near);
     }
 
     /// Lets indirect jumps to `rip` find the code.
     pub(crate) fn enter(&mut self, cpu: &mut Cpu, rip: u64, far: u64) {
         let of = (cpu.mode.bits(), cpu.tlb.version);
         let key = self.jumps.key(of);
+        // The table may have been emptied, and keys given out anew.
+        (cpu.gate.key_of, cpu.hot.key) = (of, key);
         self.jumps.enter(rip, key, far);
     }
 
@@ -256,7 +268,8 @@ impl Translator {
         code.is_stale = true;
         self.statistics.stale += 1;
         code.first = self.memory.bytes(code.near);
-        self.memory.put_jump(code.near, code.stale);
+        self.memory
+            .put_jump(code.near, code.near + u64::from(code.stale));
         self.dead
             .entry((block.host as usize, block.mode.bits()))
             .or_default()
@@ -273,8 +286,7 @@ impl Translator {
             this.generation,
         );
         self.note_in_page(block, first);
-        if this.is_across() {
-            let second = this.second;
+        if let Some(second) = this.second() {
             let second = (
                 second.host as usize,
                 second.generation_at,
@@ -341,11 +353,10 @@ impl Translator {
         }
         let base = self.memory.next();
         self.asm.start(base);
-        // SAFETY: the page that the block lies in is mapped; it may be written to while it is copied.
-        let page = unsafe {
-            let start = this.host.wrapping_sub(this.host as usize & 0xfff);
-            start.cast::<[u8; 4096]>().read_volatile()
-        };
+        let mut page = [0; 4096];
+        let start = this.host.wrapping_sub(this.host as usize & 0xfff);
+        // SAFETY: the page that the block lies in is mapped; whatever a writer makes of the copy, it is bytes.
+        unsafe { std::ptr::copy_nonoverlapping(start, page.as_mut_ptr(), page.len()) };
         let successors = Successors::new(&page, this.mode);
         let mut c = Compiler {
             has_rorx: self.has_rorx,
@@ -369,9 +380,10 @@ impl Translator {
             return false;
         }
         self.memory.append(&self.asm.bytes);
+        let offset = base - self.memory.start();
         self.links
             .extend(links.into_iter().map(|(at, target)| Link {
-                place: base + at as u64,
+                place: (offset + at as u64) as u32,
                 target,
             }));
         self.statistics.blocks += 1;
@@ -380,8 +392,8 @@ impl Translator {
         let (near, stale) = entries;
         this.code = Code {
             near: base + near as u64,
-            far: base,
-            stale: base + stale as u64,
+            far: near as u16,
+            stale: (stale - near) as u16,
             ..this.code
         };
         this.code.is_stale = false;
