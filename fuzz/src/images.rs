@@ -10,6 +10,7 @@ use block::{
 use image_formats::ImageFormat;
 use image_formats::deflate::Deflater;
 use image_formats::qcow2::{OpenOptions, Qcow2, Repair};
+use image_formats::vdi::Vdi;
 use image_formats::vhdx::Vhdx;
 use image_formats::vmdk::Vmdk;
 use image_formats::vpc::Vpc;
@@ -223,6 +224,14 @@ pub fn vmdk(data: &[u8]) {
     executor::block_on(async {
         let gate = OneExtent(extent);
         use_format(Vmdk::open(memory(bytes), &gate, true).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Opens pieces as a VDI image.
+pub fn vdi(data: &[u8]) {
+    executor::block_on(async {
+        use_format(Vdi::open(memory(scattered(data))).await).await;
     })
     .expect("an executor");
 }

@@ -58,6 +58,15 @@ const VHDX: &[OptionHelp] = &[
     ),
 ];
 
+const VDI: &[OptionHelp] = &[
+    (
+        "preallocation=<str>",
+        "Space of a static disk (allowed values: off, falloc, full)",
+    ),
+    SIZE,
+    ("static=<bool (on/off)>", "VDI static (pre-allocated) image"),
+];
+
 const VMDK: &[OptionHelp] = &[
     (
         "adapter_type=<str>",
@@ -88,6 +97,7 @@ const VMDK: &[OptionHelp] = &[
 pub(crate) fn option_list(format: &str) -> Option<&'static [OptionHelp]> {
     Some(match format {
         "vpc" => VPC,
+        "vdi" => VDI,
         "vhdx" => VHDX,
         "vmdk" => VMDK,
         _ => return None,
@@ -119,6 +129,11 @@ pub(crate) fn set(image: &mut NewImage, key: &str, value: &str) -> Result<bool, 
         NewImage::Vpc(o) => match key {
             "subformat" => o.fixed = is_fixed(value)?,
             "force_size" => o.force_size = switch(key, value)?,
+            "preallocation" => o.preallocation = preallocation(value)?,
+            _ => return Ok(false),
+        },
+        NewImage::Vdi(o) => match key {
+            "static" => o.fixed = switch(key, value)?,
             "preallocation" => o.preallocation = preallocation(value)?,
             _ => return Ok(false),
         },
@@ -183,6 +198,7 @@ pub(crate) fn describe(image: &NewImage, name: &str, common: &CreateOptions) -> 
                 text.push_str(&format!(" force_size={}", on(o.force_size)));
             }
         }
+        NewImage::Vdi(o) => text.push_str(&format!(" static={}", on(o.fixed))),
         NewImage::Vhdx(o) => {
             text.push_str(&format!(
                 " log_size={} block_size={}",

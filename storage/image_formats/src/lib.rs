@@ -14,6 +14,7 @@ mod new;
 mod open;
 mod probe;
 pub mod qcow2;
+pub mod vdi;
 pub mod vhdx;
 pub mod vmdk;
 pub mod vpc;

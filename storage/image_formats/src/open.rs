@@ -14,6 +14,7 @@ use nbd::client::{NbdDisk, NbdMedium};
 use crate::details::ImageFormat;
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
+use crate::vdi::Vdi;
 use crate::vhdx::Vhdx;
 use crate::vmdk::Vmdk;
 use crate::vpc::Vpc;
@@ -341,6 +342,10 @@ impl Opener {
                 let image = Vpc::open(medium.clone(), self, self.options.backing).await?;
                 Ok(Image::of(Rc::new(image), medium))
             }
+            "vdi" => {
+                let image = Vdi::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
             "vhdx" => {
                 let image = Vhdx::open(medium.clone(), self, self.options.backing).await?;
                 Ok(Image::of(Rc::new(image), medium))
@@ -349,7 +354,7 @@ impl Opener {
                 let image = Vmdk::open(medium.clone(), self, self.options.backing).await?;
                 Ok(Image::of(Rc::new(image), medium))
             }
-            "qed" | "luks" | "vdi" | "parallels" => {
+            "qed" | "luks" | "parallels" => {
                 let message = format!("'{}': the format {format} is not supported", medium.name());
                 Err(BlockError::unsupported(message))
             }

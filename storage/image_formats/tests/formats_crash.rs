@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use block::{Medium, MemoryMedium, executor};
 use image_formats::qcow2::Repair;
-use image_formats::{NewImage, create_file, vhdx, vmdk, vpc};
+use image_formats::{NewImage, create_file, vdi, vhdx, vmdk, vpc};
 use proptest::prelude::*;
 use support::plain::{self, Step, steps};
 use support::recorder::{Cut, Recorder, Story};
@@ -167,6 +167,22 @@ proptest! {
         let points = run(&new, &below, &ops, 512, seed);
         println!("{points} power cuts, seed {seed}");
     }
+
+    #[test]
+    fn vdi_loses_nothing_that_was_flushed(
+        fixed: bool,
+        ops in prop::collection::vec(steps(SIZE, 512, 150), 1..14),
+        seed: u64,
+    ) {
+        let new = NewImage::Vdi(vdi::CreateOptions {
+            size: SIZE,
+            fixed,
+            ..vdi::CreateOptions::default()
+        });
+        let points = run(&new, &[0; SIZE as usize], &ops, 512, seed);
+        println!("{points} power cuts, seed {seed}");
+    }
+
     #[test]
     fn vmdk_loses_nothing_that_was_flushed(
         with_parent: bool,

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use block::{CacheMode, Medium, executor};
 use image_formats::qcow2::Repair;
 use image_formats::vmdk::{Adapter, Subformat};
-use image_formats::{NewImage, create_file, vhdx, vmdk, vpc};
+use image_formats::{NewImage, create_file, vdi, vhdx, vmdk, vpc};
 use proptest::prelude::*;
 use support::plain::{self, Step, steps};
 use support::{qemu_img, qemu_img_ok, text};
@@ -66,6 +66,18 @@ fn any_vpc() -> impl Strategy<Value = Kind> {
             if fixed { "fixed" } else { "dynamic" }
         ),
         resizes: true,
+    })
+}
+
+fn any_vdi() -> impl Strategy<Value = Kind> {
+    any::<bool>().prop_map(|fixed| Kind {
+        qemu: format!("static={}", if fixed { "on" } else { "off" }),
+        new: NewImage::Vdi(vdi::CreateOptions {
+            size: SIZE,
+            fixed,
+            ..vdi::CreateOptions::default()
+        }),
+        resizes: false,
     })
 }
 
@@ -236,6 +248,13 @@ proptest! {
         ours_to_theirs(&kind, &ops);
         theirs_to_ours(&kind, &ops, seed);
     }
+
+    #[test]
+    fn vdi_agrees_with_qemu_both_ways((kind, ops) in with_steps(any_vdi()), seed: u64) {
+        ours_to_theirs(&kind, &ops);
+        theirs_to_ours(&kind, &ops, seed);
+    }
+
     #[test]
     fn vmdk_agrees_with_qemu_both_ways((kind, ops) in with_steps(any_vmdk()), seed: u64) {
         ours_to_theirs(&kind, &ops);

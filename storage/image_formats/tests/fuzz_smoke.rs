@@ -98,6 +98,11 @@ fn damaged_vhdx_images_do_no_harm() {
 }
 
 #[test]
+fn damaged_vdi_images_do_no_harm() {
+    bombard("vdi", images::vdi);
+}
+
+#[test]
 fn damaged_vmdk_images_do_no_harm() {
     bombard("vmdk", images::vmdk);
 }
