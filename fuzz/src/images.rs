@@ -7,13 +7,13 @@ use block::{
     BlockBackend, BlockFuture, Disk, DiskOptions, ExtentQuery, ImplicitFile, IoBuf, Medium,
     MemoryMedium, OpenGate, Refusing, Scope, ZeroFlags, executor,
 };
-use image_formats::ImageFormat;
 use image_formats::deflate::Deflater;
 use image_formats::qcow2::{OpenOptions, Qcow2, Repair};
 use image_formats::vdi::Vdi;
 use image_formats::vhdx::Vhdx;
 use image_formats::vmdk::Vmdk;
 use image_formats::vpc::Vpc;
+use image_formats::{ImageFormat, bochs, cloop, parallels, qed};
 
 /// Opens any bytes as a qcow2 image, reads, checks, writes, repairs. Nothing may panic or hang.
 pub fn qcow2(data: &[u8]) {
@@ -232,6 +232,38 @@ pub fn vmdk(data: &[u8]) {
 pub fn vdi(data: &[u8]) {
     executor::block_on(async {
         use_format(Vdi::open(memory(scattered(data))).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Opens pieces as a QED image.
+pub fn qed(data: &[u8]) {
+    executor::block_on(async {
+        use_format(qed::open(memory(scattered(data)), &Refusing, false).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Opens pieces as a Parallels image.
+pub fn parallels(data: &[u8]) {
+    executor::block_on(async {
+        use_format(parallels::open(memory(scattered(data))).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Opens pieces as a Bochs image.
+pub fn bochs(data: &[u8]) {
+    executor::block_on(async {
+        use_format(bochs::open(memory(scattered(data))).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Opens any bytes as a cloop image.
+pub fn cloop(data: &[u8]) {
+    executor::block_on(async {
+        use_format(cloop::open(memory(data.to_vec())).await).await;
     })
     .expect("an executor");
 }

@@ -3,6 +3,8 @@
 // Sizes and offsets in memory are at most a few MiB, checked where they come in; a 64-bit host is assumed.
 #![allow(clippy::cast_possible_truncation)]
 
+pub mod bochs;
+pub mod cloop;
 pub mod copy;
 pub mod deflate;
 mod details;
@@ -12,8 +14,11 @@ mod mapped;
 mod names;
 mod new;
 mod open;
+pub mod parallels;
 mod probe;
 pub mod qcow2;
+pub mod qed;
+mod read_only;
 pub mod vdi;
 pub mod vhdx;
 pub mod vmdk;
@@ -27,3 +32,4 @@ pub use open::{
     resolve_name,
 };
 pub use probe::{probe, probe_bytes};
+pub use read_only::ReadOnlyImage;

@@ -18,6 +18,7 @@ use crate::vdi::Vdi;
 use crate::vhdx::Vhdx;
 use crate::vmdk::Vmdk;
 use crate::vpc::Vpc;
+use crate::{bochs, cloop, parallels, qed};
 
 /// A chain of backing files longer than this is taken for a circle.
 const MAX_CHAIN: u32 = 200;
@@ -354,7 +355,23 @@ impl Opener {
                 let image = Vmdk::open(medium.clone(), self, self.options.backing).await?;
                 Ok(Image::of(Rc::new(image), medium))
             }
-            "qed" | "luks" | "parallels" => {
+            "qed" => {
+                let image = qed::open(medium.clone(), self, self.options.backing).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "parallels" => {
+                let image = parallels::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "bochs" => {
+                let image = bochs::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "cloop" => {
+                let image = cloop::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "luks" => {
                 let message = format!("'{}': the format {format} is not supported", medium.name());
                 Err(BlockError::unsupported(message))
             }

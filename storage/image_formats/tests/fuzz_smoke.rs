@@ -98,6 +98,26 @@ fn damaged_vhdx_images_do_no_harm() {
 }
 
 #[test]
+fn damaged_qed_images_do_no_harm() {
+    bombard("qed", images::qed);
+}
+
+#[test]
+fn damaged_parallels_images_do_no_harm() {
+    bombard("parallels", images::parallels);
+}
+
+#[test]
+fn damaged_bochs_images_do_no_harm() {
+    bombard("bochs", images::bochs);
+}
+
+#[test]
+fn damaged_cloop_images_do_no_harm() {
+    bombard("cloop", images::cloop);
+}
+
+#[test]
 fn damaged_vdi_images_do_no_harm() {
     bombard("vdi", images::vdi);
 }
