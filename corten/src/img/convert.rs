@@ -49,9 +49,9 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     }
     let format = parsed.get('O').unwrap_or("raw");
     let backing = parsed.get('B').or(parsed.get('b'));
-    let compress = parsed.has('c');
+    let mut compress = parsed.has('c');
     let create = !parsed.has('n');
-    if compress && format != "qcow2" {
+    if compress && !["qcow2", "vmdk"].contains(&format) {
         return Err(Failure::plain(format!(
             "Compression not supported for file format '{format}'"
         )));
@@ -110,6 +110,9 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         let (_, image) = open(target, &target_options).await?;
         image
     };
+    // Some images store nothing that is not compressed.
+    let compression = image.format.as_ref().and_then(|f| f.compression());
+    compress |= compression.is_some();
     let disk = as_disk(&image, target_options.cache);
     if disk.size() < total {
         return Err(Failure::plain("output file is smaller than input file"));

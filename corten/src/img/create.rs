@@ -189,6 +189,9 @@ impl ImageSpec {
         };
         let opener = Opener::new(options);
         if let Some(other) = &self.other {
+            for file in other.files(name) {
+                create_file(&resolve_name(name, &file), cache)?;
+            }
             let random = || uuid::Uuid::new_v4().into_bytes();
             let created = other.create(&medium, &opener, random).await;
             created.map_err(|e| Failure::plain(format!("{name}: {}", e.one_line())))?;

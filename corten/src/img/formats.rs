@@ -1,10 +1,12 @@
 //! The options of new images of the formats of other products.
 
 use image_formats::qcow2::CreateOptions;
+use image_formats::vmdk::{self, Adapter, Subformat};
 use image_formats::{NewImage, Property, Value};
 use serde_json::{Map, json};
 
 use super::Failure;
+use super::args::size;
 use super::create::{preallocation, switch};
 
 /// An option's name with its kind of value, and what it means.
@@ -30,12 +32,91 @@ const VPC: &[OptionHelp] = &[
     ),
 ];
 
+const VHDX: &[OptionHelp] = &[
+    BACKING_FILE,
+    (
+        "block_size=<size>",
+        "Block size: a power of two from 1 MiB to 256 MiB; 0 chooses one by the image's size",
+    ),
+    (
+        "block_state_zero=<bool (on/off)>",
+        "Blocks of a dynamic disk begin in the state 'zero' rather than 'not present' (default: on)",
+    ),
+    ("log_size=<size>", "Log size: at least 1 MiB"),
+    (
+        "logical_sector_size=<size>",
+        "Size of the disk's sectors: 512 (default) or 4096",
+    ),
+    (
+        "preallocation=<str>",
+        "Space of a fixed disk (allowed values: off, falloc, full)",
+    ),
+    SIZE,
+    (
+        "subformat=<str>",
+        "VHDX format type: dynamic (default) or fixed",
+    ),
+];
+
+const VDI: &[OptionHelp] = &[
+    (
+        "preallocation=<str>",
+        "Space of a static disk (allowed values: off, falloc, full)",
+    ),
+    SIZE,
+    ("static=<bool (on/off)>", "VDI static (pre-allocated) image"),
+];
+
+const VMDK: &[OptionHelp] = &[
+    (
+        "adapter_type=<str>",
+        "Virtual adapter type: ide (default), lsilogic, buslogic or legacyESX",
+    ),
+    BACKING_FILE,
+    ("backing_fmt=<str>", "Must be 'vmdk' if present"),
+    ("compat6=<bool (on/off)>", "VMDK version 6 image"),
+    ("hwversion=<str>", "VMDK hardware version"),
+    (
+        "preallocation=<str>",
+        "Space of a flat disk (allowed values: off, falloc, full)",
+    ),
+    SIZE,
+    (
+        "subformat=<str>",
+        "VMDK flat extent format: monolithicSparse (default), monolithicFlat, twoGbMaxExtentSparse, \
+         twoGbMaxExtentFlat or streamOptimized",
+    ),
+    ("toolsversion=<str>", "VMware guest tools version"),
+    (
+        "zeroed_grain=<bool (on/off)>",
+        "Enable efficient zero writes using the zeroed-grain GTE feature",
+    ),
+];
+
 /// The options that a format has for new images; `None` if it is not one of these.
 pub(crate) fn option_list(format: &str) -> Option<&'static [OptionHelp]> {
     Some(match format {
         "vpc" => VPC,
+        "vdi" => VDI,
+        "vhdx" => VHDX,
+        "vmdk" => VMDK,
         _ => return None,
     })
+}
+
+fn number(key: &str, value: &str) -> Result<u64, Failure> {
+    size(value)
+        .ok_or_else(|| Failure::plain(format!("Parameter '{key}' expects a size, not '{value}'")))
+}
+
+fn is_fixed(value: &str) -> Result<bool, Failure> {
+    match value {
+        "fixed" => Ok(true),
+        "dynamic" => Ok(false),
+        _ => Err(Failure::plain(format!(
+            "Parameter 'subformat' does not accept value '{value}'"
+        ))),
+    }
 }
 
 fn invalid(value: &str) -> Failure {
@@ -46,17 +127,50 @@ fn invalid(value: &str) -> Failure {
 pub(crate) fn set(image: &mut NewImage, key: &str, value: &str) -> Result<bool, Failure> {
     match image {
         NewImage::Vpc(o) => match key {
-            "subformat" => {
-                o.fixed = match value {
-                    "fixed" => true,
-                    "dynamic" => false,
-                    _ => return Err(invalid(value)),
-                }
-            }
+            "subformat" => o.fixed = is_fixed(value)?,
             "force_size" => o.force_size = switch(key, value)?,
             "preallocation" => o.preallocation = preallocation(value)?,
             _ => return Ok(false),
         },
+        NewImage::Vdi(o) => match key {
+            "static" => o.fixed = switch(key, value)?,
+            "preallocation" => o.preallocation = preallocation(value)?,
+            _ => return Ok(false),
+        },
+        NewImage::Vhdx(o) => match key {
+            "subformat" => o.fixed = is_fixed(value)?,
+            "block_size" => o.block_size = number(key, value)?,
+            "log_size" => o.log_size = number(key, value)?,
+            "block_state_zero" => o.block_state_zero = switch(key, value)?,
+            "logical_sector_size" => {
+                o.logical_sector =
+                    u32::try_from(number(key, value)?).map_err(|_| invalid(value))?;
+            }
+            "preallocation" => o.preallocation = preallocation(value)?,
+            _ => return Ok(false),
+        },
+        NewImage::Vmdk(o) => return set_vmdk(o, key, value),
+    }
+    Ok(true)
+}
+
+fn set_vmdk(o: &mut vmdk::CreateOptions, key: &str, value: &str) -> Result<bool, Failure> {
+    let unknown = || Failure::plain(format!("invalid parameter value: {value}"));
+    match key {
+        "adapter_type" => {
+            let found = Adapter::ALL.into_iter().find(|a| a.name() == value);
+            o.adapter = found.ok_or_else(unknown)?;
+        }
+        "subformat" => {
+            let found = Subformat::ALL.into_iter().find(|s| s.name() == value);
+            o.subformat = found.ok_or_else(unknown)?;
+        }
+        "compat6" => o.compat6 = switch(key, value)?,
+        "zeroed_grain" => o.zeroed_grain = switch(key, value)?,
+        "hwversion" => o.hardware_version = Some(value.to_owned()).filter(|v| v != "undefined"),
+        "toolsversion" => o.tools_version = Some(value.to_owned()),
+        "preallocation" => o.preallocation = preallocation(value)?,
+        _ => return Ok(false),
     }
     Ok(true)
 }
@@ -82,6 +196,39 @@ pub(crate) fn describe(image: &NewImage, name: &str, common: &CreateOptions) -> 
             }
             if o.force_size {
                 text.push_str(&format!(" force_size={}", on(o.force_size)));
+            }
+        }
+        NewImage::Vdi(o) => text.push_str(&format!(" static={}", on(o.fixed))),
+        NewImage::Vhdx(o) => {
+            text.push_str(&format!(
+                " log_size={} block_size={}",
+                o.log_size, o.block_size
+            ));
+            if o.fixed {
+                text.push_str(" subformat=fixed");
+            }
+            if !o.block_state_zero {
+                text.push_str(" block_state_zero=off");
+            }
+            if o.logical_sector != 512 {
+                text.push_str(&format!(" logical_sector_size={}", o.logical_sector));
+            }
+        }
+        NewImage::Vmdk(o) => {
+            if o.adapter != Adapter::default() {
+                text.push_str(&format!(" adapter_type={}", o.adapter.name()));
+            }
+            let hardware = o.hardware_version.as_deref().unwrap_or("undefined");
+            let compat6 = on(o.compat6);
+            text.push_str(&format!(" compat6={compat6} hwversion={hardware}"));
+            if o.subformat != Subformat::default() {
+                text.push_str(&format!(" subformat={}", o.subformat.name()));
+            }
+            if let Some(tools) = &o.tools_version {
+                text.push_str(&format!(" toolsversion={tools}"));
+            }
+            if o.zeroed_grain {
+                text.push_str(" zeroed_grain=on");
             }
         }
     }

@@ -91,7 +91,11 @@ async fn look(name: &str, options: &ImageOptions) -> Result<Layer, Failure> {
     } else {
         let metadata = std::fs::metadata(local_path(name)?)
             .map_err(|e| Failure::plain(format!("cannot look at '{name}': {e}")))?;
-        Some(metadata.blocks() * 512)
+        let format = image.format.as_ref();
+        let files = format.map_or(Vec::new(), |f| f.describe().files);
+        let others = files.iter().filter_map(|file| std::fs::metadata(file).ok());
+        let blocks = others.fold(metadata.blocks(), |sum, m| sum + m.blocks());
+        Some(blocks * 512)
     };
     Ok(Layer {
         name: name.to_owned(),

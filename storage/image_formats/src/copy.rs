@@ -4,12 +4,14 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use block::executor::{offload, spawn_local};
+use block::sync::WaitQueue;
 use block::{
     BlockBackend, Disk, ErrorKind, Extent, ExtentKind, ExtentQuery, IoBuf, Result, Scope,
     ZeroFlags, bytes_are_zero,
 };
 
 use crate::Image;
+use crate::deflate::Deflater;
 use crate::qcow2::{ClusterCompressor, CompressionType};
 
 /// Pieces in flight at once, by default.
@@ -22,7 +24,7 @@ const PIECE: u64 = 1 << 20;
 pub struct CopyOptions {
     /// Runs of zeroes at least this long, and aligned to it, are not written as data; 0 writes all.
     pub sparse_size: u64,
-    /// Compress what is written, if the target is qcow2.
+    /// Compress what is written, if the target's format can.
     pub compress: bool,
     /// The target reads as zeroes where nothing has been written.
     pub target_is_zero: bool,
@@ -54,8 +56,50 @@ struct Copy<'a> {
     /// Where the source begins in the target.
     shift: u64,
     image: &'a Image,
-    compression: Option<(CompressionType, u64)>,
+    compression: Option<Compressing>,
+    /// Formats that are streams are written in order.
+    order: Option<&'a Order>,
     options: CopyOptions,
+}
+
+/// How data is compressed, and in which units of bytes.
+#[derive(Clone, Copy)]
+struct Compressing {
+    method: Method,
+    unit: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Method {
+    /// Clusters of qcow2, where it makes them shorter.
+    Qcow2(CompressionType),
+    /// Every unit, with or without zlib's header and checksum.
+    Deflate { zlib: bool },
+}
+
+/// Lets pieces of work that end in any order be written in that of their offsets.
+#[derive(Default)]
+struct Order {
+    next: Cell<u64>,
+    failed: Cell<bool>,
+    changed: WaitQueue,
+}
+
+impl Order {
+    /// Waits until everything before `offset` is done with; `false` if something of it has failed.
+    async fn turn(&self, offset: u64) -> bool {
+        while self.next.get() < offset && !self.failed.get() {
+            self.changed.wait().await;
+        }
+        !self.failed.get()
+    }
+
+    /// Says that everything before `end` is done with.
+    fn done(&self, end: u64, well: bool) {
+        self.next.set(end);
+        self.failed.set(self.failed.get() || !well);
+        self.changed.wake_all();
+    }
 }
 
 /// One piece of work.
@@ -98,9 +142,11 @@ pub async fn copy(
     });
     let mut workers = Vec::new();
     let failed = Rc::new(Cell::new(false));
+    let order = Rc::new(Order::default());
     for _ in 0..options.parallel.clamp(1, 64) {
         let (tasks, source, target) = (tasks.clone(), source.clone(), target.clone());
         let (image, progress, failed) = (image.clone(), progress.clone(), failed.clone());
+        let order = order.clone();
         workers.push(spawn_local(async move {
             let compression = compression(&image, options);
             let copy = Copy {
@@ -109,14 +155,23 @@ pub async fn copy(
                 shift,
                 image: &image,
                 compression,
+                order: compression
+                    .filter(|c| matches!(c.method, Method::Deflate { .. }))
+                    .map(|_| &*order),
                 options,
             };
             while !failed.get() {
-                let Some(task) = tasks.take().await? else {
+                let task = tasks.take().await;
+                let Some(task) = task.inspect_err(|_| order.done(end, false))? else {
                     break;
                 };
                 let result = copy.perform(task).await;
                 failed.set(failed.get() || result.is_err());
+                if let Some(order) = copy.order {
+                    // Others may wait for this one.
+                    order.turn(task.offset).await;
+                    order.done(task.offset + task.length, result.is_ok());
+                }
                 result?;
                 progress(task.length);
             }
@@ -131,14 +186,27 @@ pub async fn copy(
     result
 }
 
-fn compression(image: &Image, options: CopyOptions) -> Option<(CompressionType, u64)> {
-    let qcow2 = image.qcow2.as_ref().filter(|_| options.compress)?;
-    Some((qcow2.header().compression, qcow2.cluster_size()))
+fn compression(image: &Image, options: CopyOptions) -> Option<Compressing> {
+    if !options.compress {
+        return None;
+    }
+    if let Some(qcow2) = &image.qcow2 {
+        return Some(Compressing {
+            method: Method::Qcow2(qcow2.header().compression),
+            unit: qcow2.cluster_size(),
+        });
+    }
+    let compression = image.format.as_ref()?.compression()?;
+    let zlib = compression.zlib_wrapper;
+    Some(Compressing {
+        method: Method::Deflate { zlib },
+        unit: compression.unit,
+    })
 }
 
 /// Work is cut at multiples of this.
 fn grain(image: &Image, options: CopyOptions) -> u64 {
-    compression(image, options).map_or(PIECE, |(_, cluster)| cluster.max(PIECE))
+    compression(image, options).map_or(PIECE, |c| c.unit * (PIECE / c.unit).max(1))
 }
 
 /// Hands out the work in order, asking the source for its extents a few at a time.
@@ -232,7 +300,7 @@ impl Copy<'_> {
         let buffer = IoBuf::zeroed(task.length as usize);
         self.read(task.offset, &buffer).await?;
         match self.compression {
-            Some((kind, cluster)) => self.write_compressed(task, &buffer, kind, cluster).await,
+            Some(how) => self.write_compressed(task, &buffer, how).await,
             None => self.write_sparse(task.offset, &buffer).await,
         }
     }
@@ -301,26 +369,24 @@ impl Copy<'_> {
         Ok(())
     }
 
-    async fn write_compressed(
-        &self,
-        task: Task,
-        buffer: &IoBuf,
-        kind: CompressionType,
-        cluster: u64,
-    ) -> Result<()> {
+    async fn write_compressed(&self, task: Task, buffer: &IoBuf, how: Compressing) -> Result<()> {
         let bytes = buffer.to_vec();
-        let compressed = offload(move || compress_all(&bytes, kind, cluster as usize)).await;
-        let Some(image) = &self.image.qcow2 else {
+        let compressed = offload(move || compress_all(&bytes, how)).await;
+        if let Some(order) = self.order
+            && !order.turn(task.offset).await
+        {
+            // Whoever failed reports it.
             return Ok(());
-        };
+        }
         for (number, result) in compressed.into_iter().enumerate() {
-            let within = number as u64 * cluster;
+            let within = number as u64 * how.unit;
             let at = task.offset + within;
-            let length = cluster.min(task.length - within);
+            let length = how.unit.min(task.length - within);
+            let aligned = (self.shift + at).is_multiple_of(how.unit);
             match result {
                 Compressed::Zero => self.zero(at, length).await?,
-                Compressed::Smaller(data) if (self.shift + at).is_multiple_of(cluster) => {
-                    image.write_compressed(self.shift + at, &data).await?;
+                Compressed::Smaller(data) if aligned => {
+                    self.store_compressed(self.shift + at, data).await?;
                 }
                 _ => {
                     let part = buffer.slice(within as usize, length as usize);
@@ -330,6 +396,14 @@ impl Copy<'_> {
         }
         Ok(())
     }
+
+    async fn store_compressed(&self, offset: u64, data: Vec<u8>) -> Result<()> {
+        match (&self.image.qcow2, &self.image.format) {
+            (Some(qcow2), _) => qcow2.write_compressed(offset, &data).await,
+            (None, Some(format)) => format.write_compressed(offset, data).await,
+            (None, None) => Ok(()),
+        }
+    }
 }
 
 enum Compressed {
@@ -338,24 +412,64 @@ enum Compressed {
     AsItIs,
 }
 
-fn compress_all(bytes: &[u8], kind: CompressionType, cluster: usize) -> Vec<Compressed> {
-    let mut compressor = ClusterCompressor::new(kind);
+/// Compresses one unit at a time, keeping its tables.
+enum Compressor {
+    Qcow2(ClusterCompressor),
+    Deflate(Deflater, bool),
+}
+
+impl Compressor {
+    fn new(method: Method) -> Self {
+        match method {
+            Method::Qcow2(kind) => Self::Qcow2(ClusterCompressor::new(kind)),
+            Method::Deflate { zlib } => Self::Deflate(Deflater::default(), zlib),
+        }
+    }
+
+    fn compress(&mut self, unit: &[u8]) -> Option<Vec<u8>> {
+        match self {
+            Self::Qcow2(compressor) => compressor.compress(unit),
+            Self::Deflate(deflater, zlib) => {
+                let bytes = deflater.compress(unit, usize::MAX)?;
+                Some(if *zlib {
+                    with_zlib(&bytes, unit)
+                } else {
+                    bytes
+                })
+            }
+        }
+    }
+}
+
+/// A deflate stream with zlib's header and checksum (RFC 1950).
+fn with_zlib(deflated: &[u8], original: &[u8]) -> Vec<u8> {
+    let checksum = simd_adler32::adler32(&original);
+    let mut bytes = Vec::with_capacity(deflated.len() + 6);
+    bytes.extend_from_slice(&[0x78, 0x9c]);
+    bytes.extend_from_slice(deflated);
+    bytes.extend_from_slice(&checksum.to_be_bytes());
+    bytes
+}
+
+fn compress_all(bytes: &[u8], how: Compressing) -> Vec<Compressed> {
+    let mut compressor = Compressor::new(how.method);
+    let unit = how.unit as usize;
     let one = |part: &[u8]| {
         if bytes_are_zero(part) {
             return Compressed::Zero;
         }
         let padded;
-        let whole = if part.len() == cluster {
+        let whole = if part.len() == unit {
             part
         } else {
-            padded = [part, &vec![0; cluster - part.len()]].concat();
+            padded = [part, &vec![0; unit - part.len()]].concat();
             &padded
         };
         compressor
             .compress(whole)
             .map_or(Compressed::AsItIs, Compressed::Smaller)
     };
-    bytes.chunks(cluster).map(one).collect()
+    bytes.chunks(unit).map(one).collect()
 }
 
 /// How two disks compare.

@@ -46,6 +46,8 @@ pub struct Description {
     pub backing_format: Option<String>,
     /// Whether the content is encrypted.
     pub encrypted: bool,
+    /// Other files that the disk is stored in, without those below it.
+    pub files: Vec<String>,
     /// What only this format has.
     pub specific: Vec<Property>,
 }

@@ -3,18 +3,25 @@
 // Sizes and offsets in memory are at most a few MiB, checked where they come in; a 64-bit host is assumed.
 #![allow(clippy::cast_possible_truncation)]
 
+pub mod bochs;
+pub mod cloop;
 pub mod copy;
 pub mod deflate;
-#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod details;
-#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
 mod fields;
-#[allow(dead_code)] // what VHDX and VMDK need of it is not used yet
+mod identity;
 mod mapped;
+mod names;
 mod new;
 mod open;
+pub mod parallels;
 mod probe;
 pub mod qcow2;
+pub mod qed;
+mod read_only;
+pub mod vdi;
+pub mod vhdx;
+pub mod vmdk;
 pub mod vpc;
 
 pub use details::{Compression, Description, ImageFormat, Property, Value};
@@ -25,3 +32,4 @@ pub use open::{
     resolve_name,
 };
 pub use probe::{probe, probe_bytes};
+pub use read_only::ReadOnlyImage;

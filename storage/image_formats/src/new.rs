@@ -4,13 +4,19 @@ use std::rc::Rc;
 
 use block::{ImplicitFile, Medium, OpenGate, Result};
 
-use crate::vpc;
+use crate::{vdi, vhdx, vmdk, vpc};
 
 /// What to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NewImage {
     /// VHD.
     Vpc(vpc::CreateOptions),
+    /// VDI.
+    Vdi(vdi::CreateOptions),
+    /// VHDX.
+    Vhdx(vhdx::CreateOptions),
+    /// VMDK.
+    Vmdk(vmdk::CreateOptions),
 }
 
 impl NewImage {
@@ -18,6 +24,9 @@ impl NewImage {
     pub fn format(&self) -> &'static str {
         match self {
             Self::Vpc(_) => "vpc",
+            Self::Vdi(_) => "vdi",
+            Self::Vhdx(_) => "vhdx",
+            Self::Vmdk(_) => "vmdk",
         }
     }
 
@@ -25,6 +34,9 @@ impl NewImage {
     pub fn of(format: &str) -> Option<Self> {
         Some(match format {
             "vpc" => Self::Vpc(vpc::CreateOptions::default()),
+            "vdi" => Self::Vdi(vdi::CreateOptions::default()),
+            "vhdx" => Self::Vhdx(vhdx::CreateOptions::default()),
+            "vmdk" => Self::Vmdk(vmdk::CreateOptions::default()),
             _ => return None,
         })
     }
@@ -33,6 +45,9 @@ impl NewImage {
     pub fn size(&self) -> u64 {
         match self {
             Self::Vpc(o) => o.size,
+            Self::Vdi(o) => o.size,
+            Self::Vhdx(o) => o.size,
+            Self::Vmdk(o) => o.size,
         }
     }
 
@@ -40,6 +55,9 @@ impl NewImage {
     pub fn set_size(&mut self, size: u64) {
         match self {
             Self::Vpc(o) => o.size = size,
+            Self::Vdi(o) => o.size = size,
+            Self::Vhdx(o) => o.size = size,
+            Self::Vmdk(o) => o.size = size,
         }
     }
 
@@ -47,6 +65,9 @@ impl NewImage {
     pub fn backing(&self) -> Option<&str> {
         match self {
             Self::Vpc(o) => o.parent.as_deref(),
+            Self::Vdi(_) => None,
+            Self::Vhdx(o) => o.parent.as_deref(),
+            Self::Vmdk(o) => o.parent.as_deref(),
         }
     }
 
@@ -54,8 +75,20 @@ impl NewImage {
     pub fn set_backing(&mut self, name: Option<String>) -> bool {
         match self {
             Self::Vpc(o) => o.parent = name,
+            Self::Vdi(_) => return false,
+            Self::Vhdx(o) => o.parent = name,
+            Self::Vmdk(o) => o.parent = name,
         }
         true
+    }
+
+    /// The names of other files that an image named `name` consists of, relative to it. Whoever makes the
+    /// image makes them first, empty.
+    pub fn files(&self, name: &str) -> Vec<String> {
+        match self {
+            Self::Vpc(_) | Self::Vdi(_) | Self::Vhdx(_) => Vec::new(),
+            Self::Vmdk(o) => vmdk::files(o, name),
+        }
     }
 
     /// Makes the image in `medium`, which is emptied; other files are opened through `gate`. `random`
@@ -81,6 +114,9 @@ impl NewImage {
         };
         match self {
             Self::Vpc(options) => vpc::create(medium, options, parent.as_deref(), random()).await,
+            Self::Vdi(options) => vdi::create(medium, options).await,
+            Self::Vhdx(options) => vhdx::create(medium, options, parent.as_deref()).await,
+            Self::Vmdk(options) => vmdk::create(medium, options, parent.as_deref(), gate).await,
         }
     }
 
@@ -92,6 +128,9 @@ impl NewImage {
     pub fn measure(&self, stored: &[(u64, u64)]) -> Result<(u64, u64)> {
         match self {
             Self::Vpc(o) => vpc::measure(o, blocks_touched(stored, vpc::NEW_BLOCK_SIZE)),
+            Self::Vdi(o) => vdi::measure(o, blocks_touched(stored, vdi::NEW_BLOCK_SIZE)),
+            Self::Vhdx(o) => vhdx::measure(o, blocks_touched(stored, vhdx::new_block_size(o))),
+            Self::Vmdk(o) => vmdk::measure(o, stored),
         }
     }
 }

@@ -14,7 +14,11 @@ use nbd::client::{NbdDisk, NbdMedium};
 use crate::details::ImageFormat;
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
+use crate::vdi::Vdi;
+use crate::vhdx::Vhdx;
+use crate::vmdk::Vmdk;
 use crate::vpc::Vpc;
+use crate::{bochs, cloop, parallels, qed};
 
 /// A chain of backing files longer than this is taken for a circle.
 const MAX_CHAIN: u32 = 200;
@@ -339,7 +343,35 @@ impl Opener {
                 let image = Vpc::open(medium.clone(), self, self.options.backing).await?;
                 Ok(Image::of(Rc::new(image), medium))
             }
-            "qed" | "vmdk" | "vhdx" | "luks" | "vdi" | "parallels" => {
+            "vdi" => {
+                let image = Vdi::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "vhdx" => {
+                let image = Vhdx::open(medium.clone(), self, self.options.backing).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "vmdk" => {
+                let image = Vmdk::open(medium.clone(), self, self.options.backing).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "qed" => {
+                let image = qed::open(medium.clone(), self, self.options.backing).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "parallels" => {
+                let image = parallels::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "bochs" => {
+                let image = bochs::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "cloop" => {
+                let image = cloop::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "luks" => {
                 let message = format!("'{}': the format {format} is not supported", medium.name());
                 Err(BlockError::unsupported(message))
             }

@@ -3,6 +3,9 @@
 #[path = "../../../fuzz/src/images.rs"]
 #[allow(unreachable_pub)]
 mod images;
+#[path = "../../../fuzz/src/smoke.rs"]
+#[allow(unreachable_pub, dead_code)]
+mod seeds;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -68,9 +71,60 @@ fn damaged_qcow2_images_do_no_harm() {
     smoke("qcow2", images::qcow2, 300);
 }
 
+/// As [`smoke`], with the fuzzers' common way of changing samples.
+fn bombard(target: &'static str, run: fn(&[u8])) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../fuzz/corpus")
+        .join(target);
+    let mut files: Vec<_> = std::fs::read_dir(directory)
+        .unwrap()
+        .map(|f| f.unwrap().path())
+        .collect();
+    files.sort();
+    let samples: Vec<Vec<u8>> = files.iter().map(|f| std::fs::read(f).unwrap()).collect();
+    assert!(!samples.is_empty(), "the corpus is there");
+    let size = (2000, 64 << 10);
+    seeds::smoke(target, run, &samples, size, Duration::from_secs(10));
+}
+
 #[test]
-fn damaged_vhds_do_no_harm() {
-    smoke("vpc", images::vpc, 1000);
+fn damaged_vpc_images_do_no_harm() {
+    bombard("vpc", images::vpc);
+}
+
+#[test]
+fn damaged_vhdx_images_do_no_harm() {
+    bombard("vhdx", images::vhdx);
+}
+
+#[test]
+fn damaged_qed_images_do_no_harm() {
+    bombard("qed", images::qed);
+}
+
+#[test]
+fn damaged_parallels_images_do_no_harm() {
+    bombard("parallels", images::parallels);
+}
+
+#[test]
+fn damaged_bochs_images_do_no_harm() {
+    bombard("bochs", images::bochs);
+}
+
+#[test]
+fn damaged_cloop_images_do_no_harm() {
+    bombard("cloop", images::cloop);
+}
+
+#[test]
+fn damaged_vdi_images_do_no_harm() {
+    bombard("vdi", images::vdi);
+}
+
+#[test]
+fn damaged_vmdk_images_do_no_harm() {
+    bombard("vmdk", images::vmdk);
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod table;
 mod write;
 
 pub(crate) use table::{Changes, Order, Table};
-pub(crate) use write::{Target, Writable, discard, write, write_zeroes};
+pub(crate) use write::{Target, Writable, discard, even_block, write, write_zeroes};
 
 use std::rc::Rc;
 

@@ -112,10 +112,19 @@ impl Table {
             .collect()
     }
 
-    /// The sectors that `changes` touch, with their places and bytes; entries that have changed since
-    /// are in them as they were.
-    pub(crate) fn sectors(&self, changes: &Changes) -> Vec<(u64, Vec<u8>)> {
-        let per_sector = SECTOR / self.width;
+    /// The sectors of `size` bytes that `changes` touch, with their places and bytes; entries that have
+    /// changed since are in them as they were. Behind the table's end there are zeroes.
+    pub(crate) fn sectors(&self, changes: &Changes, size: usize) -> Vec<(u64, Vec<u8>)> {
+        let mut sectors = self.parts(changes, size);
+        for (_, bytes) in &mut sectors {
+            bytes.resize(size, 0);
+        }
+        sectors
+    }
+
+    /// The same, without what is behind the end.
+    fn parts(&self, changes: &Changes, size: usize) -> Vec<(u64, Vec<u8>)> {
+        let per_sector = size / self.width;
         let touched: BTreeSet<usize> = changes.keys().map(|n| n / per_sector).collect();
         let (now, pending) = (self.now.borrow(), self.pending.borrow());
         let sector = |number: usize| {
@@ -134,7 +143,7 @@ impl Table {
 
     /// Writes changes; the caller has made durable what they refer to.
     pub(crate) async fn write(&self, medium: &dyn Medium, changes: &Changes) -> Result<()> {
-        let sectors = self.sectors(changes);
+        let sectors = self.parts(changes, SECTOR);
         let mut at = 0;
         while at < sectors.len() {
             // Neighbours go together.

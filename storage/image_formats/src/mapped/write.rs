@@ -9,11 +9,9 @@ use super::{Mapped, Place, Run, read};
 
 /// A disk in blocks that can be written.
 pub(crate) trait Writable: Mapped {
-    /// The size of a block in bytes, a multiple of 512.
-    fn block_size(&self) -> u64;
-
-    /// The disk's size in bytes.
-    fn size(&self) -> u64;
+    /// The block around `offset`: where it begins, and how much of the disk it holds (multiples of 512
+    /// bytes).
+    fn block_at(&self, offset: u64) -> (u64, u64);
 
     /// Who may change what at once; ranges are bytes of the disk.
     fn locks(&self) -> &RangeLocks;
@@ -63,7 +61,7 @@ pub(crate) async fn write(map: &dyn Writable, offset: u64, buf: IoBuf) -> Result
             continue;
         }
         drop(guard);
-        let (start, length) = block_of(map, at);
+        let (start, length) = map.block_at(at);
         let _alone = map.locks().lock(start, length).await;
         let n = (start + length - at).min(left);
         let part = buf.slice(done, n as usize);
@@ -93,17 +91,16 @@ async fn contiguous(map: &dyn Writable, at: u64, left: u64, target: &Target) -> 
     Ok(n)
 }
 
-/// The block around `at`: where it begins, and how much of the disk it holds.
-fn block_of(map: &dyn Writable, at: u64) -> (u64, u64) {
-    let size = map.block_size();
-    let start = at / size * size;
-    (start, size.min(map.size() - start))
+/// The block around `offset` on a disk of `disk` bytes whose blocks all have `size` bytes.
+pub(crate) fn even_block(offset: u64, size: u64, disk: u64) -> (u64, u64) {
+    let start = offset / size * size;
+    (start, size.min(disk - start))
 }
 
 const PIECE: u64 = 1 << 20;
 
 async fn write_new(map: &dyn Writable, at: u64, part: IoBuf) -> Result<()> {
-    let (start, length) = block_of(map, at);
+    let (start, length) = map.block_at(at);
     let target = map.allocate(at).await?;
     if map.copies_parent() {
         let end = at + part.len() as u64;
@@ -155,7 +152,7 @@ pub(crate) async fn write_zeroes(
     let end = offset + length;
     let mut at = offset;
     while at < end {
-        let (start, block) = block_of(map, at);
+        let (start, block) = map.block_at(at);
         let n = (start + block - at).min(end - at);
         let _alone = map.locks().lock(start, block).await;
         zero_in_block(map, at, n, n == block, flags).await?;

@@ -9,6 +9,7 @@ mod header;
 mod parent;
 mod resize;
 
+pub(crate) use create::write_full;
 pub use create::{CreateOptions, NEW_BLOCK_SIZE, create, measure};
 pub use header::DiskType;
 
@@ -295,17 +296,21 @@ impl Vpc {
         }
         self.end.set(place + bitmap_size + block_size);
         self.footer_missing.set(true);
-        let former = self.medium.len();
         let data = place + bitmap_size;
         // Something that was given up may lie there.
-        let stale = former.min(data + block_size).saturating_sub(data);
+        let stale = self
+            .medium
+            .len()
+            .min(data + block_size)
+            .saturating_sub(data);
         if stale > 0 {
             self.medium
                 .write_zeroes(data, stale, ZeroFlags::MAY_UNMAP)
                 .await?;
         }
+        // Others may have made it longer meanwhile.
         let needed = data + block_size + FOOTER_SIZE as u64;
-        if former < needed {
+        if self.medium.len() < needed {
             self.medium.set_len(needed).await?;
         }
         let fill = if self.is_differencing() { 0 } else { 0xff };
@@ -418,12 +423,8 @@ impl Mapped for Vpc {
 }
 
 impl Writable for Vpc {
-    fn block_size(&self) -> u64 {
-        self.sizes().0
-    }
-
-    fn size(&self) -> u64 {
-        self.size()
+    fn block_at(&self, offset: u64) -> (u64, u64) {
+        mapped::even_block(offset, self.sizes().0, self.size())
     }
 
     fn locks(&self) -> &RangeLocks {

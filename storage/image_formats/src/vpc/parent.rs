@@ -6,6 +6,7 @@ use block::{BlockBackend, BlockError, ErrorKind, ImplicitFile, Medium, OpenGate,
 
 use super::header::DynamicHeader;
 use super::{read_at, read_footer};
+use crate::names::{from_absolute, from_windows, usable, utf16le};
 
 /// Names longer than this are not read.
 const MAX_NAME: usize = 8192;
@@ -32,38 +33,11 @@ pub(super) async fn candidates(medium: &dyn Medium, header: &DynamicHeader) -> R
         }
     }
     let mut names = relative;
-    let is_drive = |name: &str| name.as_bytes().get(1) == Some(&b':');
     for name in absolute {
-        // A path of another system is not one here; the parent may lie beside us all the same.
-        let last = name.rsplit('/').next().unwrap_or(&name).to_owned();
-        if !is_drive(&name) {
-            names.push(name);
-        }
-        names.push(last);
+        names.extend(from_absolute(&name));
     }
     names.push(from_windows(&header.parent_name));
-    names.retain(|name| !name.is_empty() && !name.contains('\0'));
-    let mut unique: Vec<String> = Vec::new();
-    for name in names {
-        if !unique.contains(&name) {
-            unique.push(name);
-        }
-    }
-    Ok(unique)
-}
-
-fn utf16le(bytes: &[u8]) -> String {
-    let units = bytes
-        .chunks_exact(2)
-        .map(|b| u16::from_le_bytes([b[0], b[1]]));
-    let units: Vec<u16> = units.take_while(|u| *u != 0).collect();
-    String::from_utf16_lossy(&units)
-}
-
-/// A relative Windows path as one of ours.
-fn from_windows(name: &str) -> String {
-    let name = name.replace('\\', "/");
-    name.strip_prefix("./").unwrap_or(&name).to_owned()
+    Ok(usable(names))
 }
 
 /// Opens the parent; it must be the very disk that the child was made for.

@@ -6,6 +6,9 @@
     reason = "each test binary uses a part of it"
 )]
 
+pub mod plain;
+pub mod recorder;
+
 use std::path::Path;
 use std::process::{Command, Output};
 use std::rc::Rc;
