@@ -1,7 +1,9 @@
 //! Copying the content of one disk to another, leaving out what need not be copied.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::{Poll, Waker};
 
 use block::executor::{offload, spawn_local};
 use block::{
@@ -56,11 +58,55 @@ struct Copy<'a> {
     image: &'a Image,
     compression: Option<(CompressionType, u64)>,
     options: CopyOptions,
+    turns: &'a Turns,
+}
+
+/// Makes compressed pieces land in the order of the source, so that the file is the same whatever the
+/// number of threads and whoever finishes first.
+#[derive(Default)]
+struct Turns {
+    /// The number of the task that may write.
+    now: Cell<u64>,
+    failed: Cell<bool>,
+    waiting: RefCell<Vec<Waker>>,
+}
+
+impl Turns {
+    /// Waits until all tasks before `number` are done; false if one has failed.
+    async fn wait(&self, number: u64) -> bool {
+        poll_fn(|cx| {
+            if self.failed.get() || self.now.get() == number {
+                return Poll::Ready(());
+            }
+            self.waiting.borrow_mut().push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        !self.failed.get()
+    }
+
+    fn wake_all(&self) {
+        for waker in self.waiting.take() {
+            waker.wake();
+        }
+    }
+
+    fn pass_on(&self) {
+        self.now.set(self.now.get() + 1);
+        self.wake_all();
+    }
+
+    fn give_up(&self) {
+        self.failed.set(true);
+        self.wake_all();
+    }
 }
 
 /// One piece of work.
 #[derive(Clone, Copy)]
 struct Task {
+    /// Counts from 0, in the order of the source.
+    number: u64,
     offset: u64,
     length: u64,
     action: Action,
@@ -94,13 +140,14 @@ pub async fn copy(
         end,
         grain: grain(image, options),
         next: Cell::new(0),
+        handed_out: Cell::new(0),
         known: RefCell::default(),
     });
     let mut workers = Vec::new();
-    let failed = Rc::new(Cell::new(false));
+    let turns = Rc::new(Turns::default());
     for _ in 0..options.parallel.clamp(1, 64) {
         let (tasks, source, target) = (tasks.clone(), source.clone(), target.clone());
-        let (image, progress, failed) = (image.clone(), progress.clone(), failed.clone());
+        let (image, progress, turns) = (image.clone(), progress.clone(), turns.clone());
         workers.push(spawn_local(async move {
             let compression = compression(&image, options);
             let copy = Copy {
@@ -110,17 +157,13 @@ pub async fn copy(
                 image: &image,
                 compression,
                 options,
+                turns: &turns,
             };
-            while !failed.get() {
-                let Some(task) = tasks.take().await? else {
-                    break;
-                };
-                let result = copy.perform(task).await;
-                failed.set(failed.get() || result.is_err());
-                result?;
-                progress(task.length);
+            let result = copy.work(&tasks, &*progress).await;
+            if result.is_err() {
+                turns.give_up();
             }
-            Ok(())
+            result
         }));
     }
     let mut result = Ok(());
@@ -148,6 +191,7 @@ struct Tasks {
     end: u64,
     grain: u64,
     next: Cell<u64>,
+    handed_out: Cell<u64>,
     known: RefCell<std::collections::VecDeque<Extent>>,
 }
 
@@ -172,6 +216,7 @@ impl Tasks {
                 self.next.set(offset + to_boundary);
                 self.forget_until(offset + to_boundary);
                 return Ok(Some(Task {
+                    number: self.number(),
                     offset,
                     length: to_boundary,
                     action: Action::Copy,
@@ -191,11 +236,16 @@ impl Tasks {
                 (false, false) => Action::Copy,
             };
             return Ok(Some(Task {
+                number: self.number(),
                 offset,
                 length,
                 action,
             }));
         }
+    }
+
+    fn number(&self) -> u64 {
+        self.handed_out.replace(self.handed_out.get() + 1)
     }
 
     fn forget_until(&self, offset: u64) {
@@ -223,18 +273,60 @@ impl Tasks {
 }
 
 impl Copy<'_> {
-    async fn perform(&self, task: Task) -> Result<()> {
+    /// Takes tasks until there are none, or one has failed.
+    async fn work(&self, tasks: &Tasks, progress: &dyn Fn(u64)) -> Result<()> {
+        while !self.turns.failed.get() {
+            let Some(task) = tasks.take().await? else {
+                break;
+            };
+            if self.perform(task).await? {
+                progress(task.length);
+            }
+        }
+        Ok(())
+    }
+
+    /// False if another task has failed meanwhile and this one was not done.
+    async fn perform(&self, task: Task) -> Result<bool> {
+        if self.compression.is_some() {
+            return self.perform_in_turn(task).await;
+        }
         match task.action {
-            Action::Skip => return Ok(()),
-            Action::Zero => return self.zero(task.offset, task.length).await,
-            Action::Copy => {}
+            Action::Skip => {}
+            Action::Zero => self.zero(task.offset, task.length).await?,
+            Action::Copy => {
+                let buffer = IoBuf::zeroed(task.length as usize);
+                self.read(task.offset, &buffer).await?;
+                self.write_sparse(task.offset, &buffer).await?;
+            }
         }
-        let buffer = IoBuf::zeroed(task.length as usize);
-        self.read(task.offset, &buffer).await?;
-        match self.compression {
-            Some((kind, cluster)) => self.write_compressed(task, &buffer, kind, cluster).await,
-            None => self.write_sparse(task.offset, &buffer).await,
+        Ok(true)
+    }
+
+    /// Reads and compresses beside the other tasks, and writes when its turn has come.
+    async fn perform_in_turn(&self, task: Task) -> Result<bool> {
+        let mut ready = None;
+        if task.action == Action::Copy
+            && let Some((kind, cluster)) = self.compression
+        {
+            let buffer = IoBuf::zeroed(task.length as usize);
+            self.read(task.offset, &buffer).await?;
+            let bytes = buffer.to_vec();
+            let pieces = offload(move || compress_all(&bytes, kind, cluster as usize)).await;
+            ready = Some((buffer, pieces, cluster));
         }
+        if !self.turns.wait(task.number).await {
+            return Ok(false);
+        }
+        if task.action == Action::Zero {
+            self.zero(task.offset, task.length).await?;
+        }
+        if let Some((buffer, pieces, cluster)) = ready {
+            self.write_compressed(task, &buffer, pieces, cluster)
+                .await?;
+        }
+        self.turns.pass_on();
+        Ok(true)
     }
 
     async fn read(&self, offset: u64, buffer: &IoBuf) -> Result<()> {
@@ -305,11 +397,9 @@ impl Copy<'_> {
         &self,
         task: Task,
         buffer: &IoBuf,
-        kind: CompressionType,
+        compressed: Vec<Compressed>,
         cluster: u64,
     ) -> Result<()> {
-        let bytes = buffer.to_vec();
-        let compressed = offload(move || compress_all(&bytes, kind, cluster as usize)).await;
         let Some(image) = &self.image.qcow2 else {
             return Ok(());
         };
