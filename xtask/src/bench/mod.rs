@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: measured beside peers in one run, printed as ratios.
 
 mod cpu;
+mod images;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -28,6 +29,8 @@ enum What {
     Boot,
     /// Programs in a guest: software CPU beside QEMU's TCG and the host itself
     Cpu,
+    /// Conversions and the other verbs beside qemu-img, the NBD server beside qemu-nbd and nbdkit
+    Images,
 }
 
 /// Longest time for one boot.
@@ -39,6 +42,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     match options.what {
         What::Boot => boot(options.runs),
         What::Cpu => cpu::run(options.runs),
+        What::Images => images::run(options.runs),
     }
 }
 
