@@ -2,11 +2,13 @@
 
 use block::{CacheMode, IoBuf, Scope};
 use image_formats::copy::{self, Comparison, CopyOptions};
+use image_formats::qcow2::Repair;
 use image_formats::{Image, ImageOptions, resolve_name};
 
 use super::args::{flag, key_values, size, value};
 use super::create::{ImageSpec, look_at_backing};
 use super::output::{Progress, say};
+use super::verify::{self, Manifest};
 use super::{Failure, Outcome, Tool, as_disk, cache, open};
 
 /// The snapshot that `-l` means: `snapshot.name=x`, `snapshot.id=x`, or either of them alone.
@@ -39,6 +41,8 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         flag('I', "image-opts"),
         flag('Z', "target-is-zero"),
         flag('A', "salvage"),
+        flag('K', "checksum"),
+        flag('R', "resume"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let [sources @ .., target] = &parsed.names[..] else {
@@ -50,7 +54,8 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     let format = parsed.get('O').unwrap_or("raw");
     let backing = parsed.get('B').or(parsed.get('b'));
     let compress = parsed.has('c');
-    let create = !parsed.has('n');
+    let resume = parsed.has('R');
+    let create = !parsed.has('n') && !(resume && std::path::Path::new(target).exists());
     if compress && format != "qcow2" {
         return Err(Failure::plain(format!(
             "Compression not supported for file format '{format}'"
@@ -107,6 +112,9 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         };
         spec.make(tool, target, &follow, backing.is_some()).await?
     } else {
+        if resume {
+            repair_interrupted(target, &target_options).await?;
+        }
         let (_, image) = open(target, &target_options).await?;
         image
     };
@@ -134,6 +142,7 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
             })?,
         },
         salvage: parsed.has('A'),
+        only_differences: resume && !create,
     };
     let progress = Progress::new(parsed.has('p') && !parsed.has('q'), total);
     let mut shift = 0;
@@ -143,6 +152,28 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     }
     disk.close().await?;
     progress.finish();
+    if parsed.has('K') {
+        let manifest = Manifest::of(&disks, verify::EXTENT, &|_| {}).await?;
+        manifest.write(&verify::beside(target))?;
+    }
+    Ok(())
+}
+
+/// Makes an image whole that a conversion has left when it was interrupted: clusters may be lost to
+/// it, and some formats are marked as in use.
+async fn repair_interrupted(target: &str, options: &ImageOptions) -> Outcome {
+    let options = ImageOptions {
+        for_check: true,
+        backing: false,
+        ..options.clone()
+    };
+    let (disk, image) = open(target, &options).await?;
+    match (&image.qcow2, &image.format) {
+        (Some(qcow2), _) => drop(qcow2.check(Repair::All).await?),
+        (None, Some(other)) => drop(other.check(Repair::All).await?),
+        (None, None) => {}
+    }
+    disk.close().await?;
     Ok(())
 }
 

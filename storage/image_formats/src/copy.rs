@@ -34,6 +34,8 @@ pub struct CopyOptions {
     pub parallel: usize,
     /// Where the source cannot be read, write zeroes and go on.
     pub salvage: bool,
+    /// Read the target too, and write only where it is otherwise: an earlier copy goes on.
+    pub only_differences: bool,
 }
 
 impl Default for CopyOptions {
@@ -45,6 +47,7 @@ impl Default for CopyOptions {
             scope: Scope::Chain,
             parallel: DEFAULT_PARALLEL,
             salvage: false,
+            only_differences: false,
         }
     }
 }
@@ -297,7 +300,9 @@ impl Copy<'_> {
             Action::Copy => {
                 let buffer = IoBuf::zeroed(task.length as usize);
                 self.read(task.offset, &buffer).await?;
-                self.write_sparse(task.offset, &buffer).await?;
+                if !self.is_there(task.offset, &buffer).await? {
+                    self.write_sparse(task.offset, &buffer).await?;
+                }
             }
         }
         Ok(true)
@@ -311,9 +316,11 @@ impl Copy<'_> {
         {
             let buffer = IoBuf::zeroed(task.length as usize);
             self.read(task.offset, &buffer).await?;
-            let bytes = buffer.to_vec();
-            let pieces = offload(move || compress_all(&bytes, kind, cluster as usize)).await;
-            ready = Some((buffer, pieces, cluster));
+            if !self.is_there(task.offset, &buffer).await? {
+                let bytes = buffer.to_vec();
+                let pieces = offload(move || compress_all(&bytes, kind, cluster as usize)).await;
+                ready = Some((buffer, pieces, cluster));
+            }
         }
         if !self.turns.wait(task.number).await {
             return Ok(false);
@@ -348,18 +355,41 @@ impl Copy<'_> {
         Ok(())
     }
 
+    /// Whether an earlier copy has left this content in the target.
+    async fn is_there(&self, offset: u64, buffer: &IoBuf) -> Result<bool> {
+        if !self.options.only_differences {
+            return Ok(false);
+        }
+        let found = IoBuf::zeroed(buffer.len());
+        self.target.read(self.shift + offset, found.clone()).await?;
+        Ok(found.to_vec() == buffer.to_vec())
+    }
+
     async fn zero(&self, offset: u64, length: u64) -> Result<()> {
         if self.options.target_is_zero || length == 0 {
             return Ok(());
         }
+        if !self.options.only_differences {
+            return self.write_zeroes(self.shift + offset, length).await;
+        }
+        let (mut at, end) = (self.shift + offset, self.shift + offset + length);
+        while at < end {
+            let extent = first_extent(self.target, at, end).await?;
+            if !extent.reads_as_zero() {
+                self.write_zeroes(at, extent.length).await?;
+            }
+            at += extent.length;
+        }
+        Ok(())
+    }
+
+    async fn write_zeroes(&self, at: u64, length: u64) -> Result<()> {
         let flags = if self.options.sparse_size > 0 {
             ZeroFlags::MAY_UNMAP
         } else {
             ZeroFlags::empty()
         };
-        self.target
-            .write_zeroes(self.shift + offset, length, flags, false)
-            .await
+        self.target.write_zeroes(at, length, flags, false).await
     }
 
     /// Writes data, leaving out longer runs of zeroes.
