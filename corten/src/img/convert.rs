@@ -1,9 +1,12 @@
 //! `convert`, `dd` and `compare`.
 
-use block::{CacheMode, IoBuf, Scope};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use block::{CacheMode, Disk, ErrorKind, IoBuf, Scope};
 use image_formats::copy::{self, Comparison, CopyOptions};
 use image_formats::qcow2::Repair;
-use image_formats::{Image, ImageOptions, resolve_name};
+use image_formats::{Image, ImageOptions, open_image, resolve_name};
 
 use super::args::{flag, key_values, size, value};
 use super::create::{ImageSpec, look_at_backing};
@@ -112,10 +115,12 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         };
         spec.make(tool, target, &follow, backing.is_some()).await?
     } else {
-        if resume {
+        let (_, image) = if resume {
             repair_interrupted(target, &target_options).await?;
-        }
-        let (_, image) = open(target, &target_options).await?;
+            open_released(target, &target_options).await?
+        } else {
+            open(target, &target_options).await?
+        };
         image
     };
     let disk = as_disk(&image, target_options.cache);
@@ -159,6 +164,26 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     Ok(())
 }
 
+/// How long a lock may outlive the process that held it: the kernel takes a ring of io_uring apart, and
+/// with it the files, some time after a killed process is gone.
+const LOCK_LINGERS: Duration = Duration::from_secs(5);
+
+/// Opens a target that a process which has just ended may still hold.
+async fn open_released(name: &str, options: &ImageOptions) -> Result<(Rc<Disk>, Image), Failure> {
+    let begin = Instant::now();
+    loop {
+        match open_image(name, options).await {
+            Err(e) if e.kind() == ErrorKind::Locked && begin.elapsed() < LOCK_LINGERS => {
+                block::executor::sleep(Duration::from_millis(20)).await?;
+            }
+            result => {
+                let image = result?;
+                return Ok((as_disk(&image, options.cache), image));
+            }
+        }
+    }
+}
+
 /// Makes an image whole that a conversion has left when it was interrupted: clusters may be lost to
 /// it, and some formats are marked as in use.
 async fn repair_interrupted(target: &str, options: &ImageOptions) -> Outcome {
@@ -167,7 +192,7 @@ async fn repair_interrupted(target: &str, options: &ImageOptions) -> Outcome {
         backing: false,
         ..options.clone()
     };
-    let (disk, image) = open(target, &options).await?;
+    let (disk, image) = open_released(target, &options).await?;
     match (&image.qcow2, &image.format) {
         (Some(qcow2), _) => drop(qcow2.check(Repair::All).await?),
         (None, Some(other)) => drop(other.check(Repair::All).await?),
