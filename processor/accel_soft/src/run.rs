@@ -128,8 +128,9 @@ impl Engine {
     /// Throws all blocks and their code away.
     fn clear_blocks(&mut self) {
         self.cache.clear();
-        // Keys are given out anew.
+        // Keys and operations are numbered anew.
         self.cpu.hot.key = 0;
+        self.cpu.hot.scattered = std::ptr::null();
         if let Some(translator) = &mut self.translator {
             translator.clear();
         }
@@ -235,6 +236,12 @@ impl Engine {
             translator.enter(&mut self.cpu, rip, code.far());
         }
         let why = translator.run(&mut self.cpu, code.near, self.cache.ops_at());
+        if !self.cpu.hot.scattered.is_null() {
+            self.follow_scattered();
+        }
+        let Some(translator) = &mut self.translator else {
+            return ControlFlow::Continue(std::ptr::null());
+        };
         let counts = &mut translator.statistics;
         match why & 0xff {
             exit::FAULT => counts.faults += 1,
@@ -246,6 +253,28 @@ impl Engine {
             exit::LINK => ControlFlow::Continue(self.link_code(why >> 8)),
             _ => ControlFlow::Continue(std::ptr::null()),
         }
+    }
+
+    /// Compiles a block anew with an instruction in it that goes from page to page with its memory operand.
+    #[cold]
+    fn follow_scattered(&mut self) {
+        let place = std::mem::replace(&mut self.cpu.hot.scattered, std::ptr::null());
+        let Some(translator) = &mut self.translator else {
+            return;
+        };
+        if translator.is_full() {
+            return;
+        }
+        let Some(block) = translator
+            .note_scattered(place)
+            .and_then(|op| self.cache.block_of(op))
+        else {
+            return;
+        };
+        // SAFETY: a live block of the cache.
+        let this = unsafe { &*block };
+        let first = self.cache.index_of(this);
+        translator.compile_again(block, self.cache.source(this), first);
     }
 
     /// Executes a block by the interpreter alone.
@@ -846,7 +875,11 @@ impl Cpu {
 
 #[cfg(test)]
 mod tests {
-    use crate::testing::{engine, run_blocks_to_halt};
+    use std::time::Duration;
+
+    use crate::apic::Event;
+    use crate::cpu::Mode;
+    use crate::testing::{Ports, engine, run_blocks_to_halt};
 
     /// Returns that translated code does not find leave it, so that many of them show.
     #[test]
@@ -872,5 +905,51 @@ mod tests {
             }
         }
         assert!(left[0] > 0 && left[2] < 300, "{left:?}");
+    }
+
+    /// A program that adds to two pages by turns through one register, and then spins.
+    #[test]
+    fn an_operand_that_goes_from_page_to_page_is_compiled_anew() {
+        const ROUNDS: u32 = 200_000;
+        let [a, b, c, _] = ROUNDS.to_le_bytes();
+        // 0: mov ecx, ROUNDS; 5: mov ebx, 20000h; 10: add [rbx], rcx; 13: xor ebx, 1000h; 19: inc qword [rbx+8];
+        // 23: dec ecx; 25: jnz 10; 27: jmp 27.
+        let code = [
+            0xb9, a, b, c, 0, 0xbb, 0, 0, 2, 0, 0x48, 0x01, 0x0b, 0x81, 0xf3, 0, 0x10, 0, 0, 0x48,
+            0xff, 0x43, 8, 0xff, 0xc9, 0x75, 0xef, 0xeb, 0xfe,
+        ];
+        let mut engine = engine(64, &code);
+        engine.cpu.cpl = 3;
+        engine.cpu.update_mode();
+        assert!(engine.cpu.mode.contains(Mode::USER));
+        let end = engine.cpu.rip + 27;
+        let shared = engine.cpu.shared.clone();
+        let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let over = done.clone();
+        let kicker = std::thread::spawn(move || {
+            while !over.load(std::sync::atomic::Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+                shared.mailbox.raise(Event::KICK);
+            }
+        });
+        let mut turns = 0;
+        while engine.cpu.rip != end && turns < 20_000 {
+            assert_eq!(engine.run(&Ports::default()), accel::Exit::Kicked);
+            turns += 1;
+        }
+        done.store(true, std::sync::atomic::Ordering::SeqCst);
+        kicker.join().unwrap();
+        let word = |at: u64| {
+            let mut bytes = [0; 8];
+            engine.cpu.machine.memory.read(at, &mut bytes).unwrap();
+            u64::from_le_bytes(bytes)
+        };
+        // The even counts go to the first page, as the first of all does.
+        let half = u64::from(ROUNDS / 2);
+        let sums = [half * (half + 1), half * half];
+        assert_eq!([word(0x2_0000), word(0x2_1000)], sums);
+        assert_eq!([word(0x2_0008), word(0x2_1008)], [half, half]);
+        let translator = engine.translator.as_ref().unwrap();
+        assert!(translator.has_scattered());
     }
 }

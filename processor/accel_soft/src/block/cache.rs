@@ -220,6 +220,17 @@ impl BlockCache {
         (block.ops as usize - self.ops.as_ptr() as usize) / size_of::<Op>()
     }
 
+    /// The block that an operation of this number belongs to.
+    pub(crate) fn block_of(&mut self, op: usize) -> Option<*mut Block> {
+        let start = self.ops.as_ptr();
+        // Blocks are in the order of their operations.
+        let behind = self
+            .blocks
+            .partition_point(|block| block.ops <= start.wrapping_add(op));
+        let block = self.blocks.get_mut(behind.checked_sub(1)?)?;
+        Some(block)
+    }
+
     /// The arena to decode into; operations that are appended become a block with [`Self::insert`].
     pub(crate) fn ops(&mut self) -> &mut Vec<Op> {
         &mut self.ops

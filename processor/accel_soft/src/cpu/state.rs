@@ -27,10 +27,10 @@ use crate::x87::X87;
 /// Translated code runs with the stack pointer at this structure, and reaches the first 128 bytes by short displacements.
 #[repr(C, align(64))]
 pub(crate) struct Cpu {
-    /// Translation buffers.
-    pub(crate) tlb: Tlb,
     /// What translated code keeps here and only it.
     pub(crate) hot: Hot,
+    /// Translation buffers.
+    pub(crate) tlb: Tlb,
     /// Instruction pointer.
     pub(crate) rip: u64,
     /// CF, PF, AF, ZF, SF, OF.

@@ -2,6 +2,7 @@
 //! consults or empties them.
 #![allow(unsafe_code)] // reads and updates page-table entries in guest memory by host address
 
+mod recent;
 mod tlb;
 mod walk;
 
@@ -13,7 +14,8 @@ use x86_defs::control::{Cr0, Cr4, Efer, Rflags};
 
 use crate::cpu::{Access, Cpu, Exception, Mapping, Privilege, Result};
 
-pub(crate) use tlb::{DATA_ENTRIES, SLOT_ROTATION, StackPage, Tlb};
+pub(crate) use recent::{RECENT_PAGES, RecentPages, way};
+pub(crate) use tlb::{DATA_ENTRIES, DataEntry, SLOT_ROTATION, Tlb};
 use tlb::{Entered, Kind};
 pub(crate) use walk::{LINEAR_BITS, PHYSICAL_BITS};
 use walk::{Paging, PagingMode, Request, Tables, Walked};

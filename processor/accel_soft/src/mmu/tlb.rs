@@ -9,12 +9,14 @@ use std::sync::atomic::AtomicU8;
 
 use guest_memory::PAGE_SIZE;
 
+use super::recent::RecentPages;
+
 /// Entries of a data buffer.
 pub(crate) const DATA_ENTRIES: usize = 8192;
 /// Entries of an instruction buffer.
 pub(crate) const FETCH_ENTRIES: usize = 1024;
-/// Address spaces whose user pages are kept.
-const SPACES: usize = 8;
+/// Address spaces whose user pages are kept. Linux uses six PCIDs at a time.
+const SPACES: usize = 6;
 /// More filled slots than this are not remembered one by one.
 const JOURNAL: usize = 4096;
 /// Number of the data buffers in the journal; larger numbers are instruction buffers.
@@ -283,47 +285,9 @@ pub(crate) struct Tlb {
     /// A number for the translations that instructions are fetched by: what was learnt from a fetch holds while it is the
     /// same, and again when it is the same again.
     pub(crate) version: u64,
-    /// The page of the stack, for translated code.
-    pub(crate) stack: StackPage,
+    /// The pages that translated code has touched last.
+    pub(crate) recent: RecentPages,
     all: Box<All>,
-}
-
-/// A page that translated code has looked up for the stack and that may be written. Forgotten whenever anything is.
-#[derive(Debug)]
-#[repr(C)]
-pub(crate) struct StackPage {
-    /// Linear address of the page. When there is none: an address that is not canonical and that nobody can guess.
-    pub(crate) tag: u64,
-    /// Host address of the page, or of memory that belongs to nobody.
-    pub(crate) host: *const u8,
-    /// The page's flag byte, or zero.
-    pub(crate) flag: *const AtomicU8,
-    nowhere: u64,
-    spare: Box<[u8; 8192]>,
-}
-
-impl StackPage {
-    fn new() -> Self {
-        use std::hash::{BuildHasher, RandomState};
-        // Bits 47 and 63 differ.
-        let random = RandomState::new().hash_one(0);
-        let mut new = Self {
-            tag: 0,
-            host: std::ptr::null(),
-            flag: std::ptr::null(),
-            nowhere: 1 << 63 | random >> 17 & !0xfff,
-            spare: Box::new([0; 8192]),
-        };
-        new.forget();
-        new
-    }
-
-    fn forget(&mut self) {
-        static NOBODY_WATCHES: AtomicU8 = AtomicU8::new(0);
-        self.tag = self.nowhere;
-        self.host = self.spare.as_ptr();
-        self.flag = &raw const NOBODY_WATCHES;
-    }
 }
 
 /// What the hot paths do not look at.
@@ -405,7 +369,7 @@ impl Tlb {
             data: std::ptr::null(),
             fetch: std::ptr::null(),
             version: 0,
-            stack: StackPage::new(),
+            recent: RecentPages::new(),
             all: Box::new(All {
                 kind: Kind::Supervisor,
                 supervisor: Domain::new(2),
@@ -434,14 +398,20 @@ impl Tlb {
     pub(crate) fn select(&mut self, user: bool, smap: bool) {
         let kind = Kind::new(user, smap);
         if kind != self.all.kind {
+            self.recent.forget_supervisor();
             self.all.kind = kind;
             self.point();
         }
     }
 
+    /// Some translations are no longer good: derives what the hot paths go by.
+    fn forget_and_point(&mut self) {
+        self.recent.forget();
+        self.point();
+    }
+
     /// Derives what the hot paths go by.
     fn point(&mut self) {
-        self.stack.forget();
         let kind = self.all.kind;
         let domain = self.all.domain(kind == Kind::User);
         let data = domain.data[usize::from(kind.index())].entries.as_ptr();
@@ -464,7 +434,7 @@ impl Tlb {
             *next += 1;
             domain.version = *next;
         }
-        self.point();
+        self.forget_and_point();
     }
 
     /// Empties all buffers.
@@ -476,7 +446,7 @@ impl Tlb {
         all.user_global = false;
         all.large = [0; 64];
         all.huge = 0;
-        self.point();
+        self.forget_and_point();
     }
 
     /// Forgets what is not global (INVPCID type 3).
@@ -487,7 +457,7 @@ impl Tlb {
             .iter_mut()
             .for_each(|s| s.domain.flush_local(next));
         all.supervisor.flush_local(next);
-        self.point();
+        self.forget_and_point();
     }
 
     /// Forgets what is not global of one PCID (INVPCID type 1).
@@ -500,7 +470,7 @@ impl Tlb {
             }
         }
         all.supervisor.flush_local(next);
-        self.point();
+        self.forget_and_point();
     }
 
     /// CR3 has been loaded: the address space is now that of `pcid` (0 where there are none), whose entries are kept or not.
@@ -517,7 +487,7 @@ impl Tlb {
         space.pcid = Some(pcid);
         space.used = all.switches;
         all.current = index;
-        self.point();
+        self.forget_and_point();
     }
 
     /// Forgets one page in the current address space and, if it is global, in all (INVLPG); `pcid` names another space than
@@ -537,7 +507,7 @@ impl Tlb {
                 space.domain.flush_page(page, next);
             }
         }
-        self.point();
+        self.forget_and_point();
     }
 
     /// Enters a page for data accesses. `read` and `write` say which ones may hit from now on; a right that an entry of the

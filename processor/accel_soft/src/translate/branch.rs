@@ -22,11 +22,11 @@ impl Compiler<'_> {
     }
 
     /// R14 becomes the host address of the slot below RSP, to write; R15 the entry. Flags are saved if they matter.
-    fn slot_to_push(&mut self, kept: Kept) -> super::emit::Label {
+    fn slot_to_push(&mut self, at: At, kept: Kept) -> super::emit::Label {
         let (slow, slot) = (self.asm.label(), self.slot());
         self.asm.ins(self.wide(0x8d), ADDRESS, mem(STACK, -slot));
         self.keep_flags(kept);
-        self.translate(Via::Stack, slot as u32, true, slow);
+        self.translate(at, self.via_stack(), slot as u32, true, slow);
         slow
     }
 
@@ -47,13 +47,13 @@ impl Compiler<'_> {
     fn slot_to_pop(&mut self, at: At, base: Reg) -> super::emit::Label {
         let slow = self.asm.label();
         let via = if base == STACK {
-            Via::Stack
+            self.via_stack()
         } else {
             Via::Buffer
         };
         self.asm.ins(self.wide(0x8b), ADDRESS, Rm::Reg(base));
         self.keep_flags(usual(at));
-        self.translate(via, self.slot() as u32, false, slow);
+        self.translate(at, via, self.slot() as u32, false, slow);
         slow
     }
 
@@ -102,7 +102,7 @@ impl Compiler<'_> {
             Kept::InAx if is_rax => Kept::InMemory,
             kept => kept,
         };
-        let (slow, back) = (self.slot_to_push(kept), self.asm.label());
+        let (slow, back) = (self.slot_to_push(at, kept), self.asm.label());
         let op = self.op_number(at);
         self.cold.push(Cold::Slow {
             from: slow,
@@ -124,7 +124,7 @@ impl Compiler<'_> {
         }
         self.move_stack(-self.slot());
         let next = Target::Page(self.next_place(at));
-        self.look_at_watch(at, Via::Stack, kept, next);
+        self.look_at_watch(at, self.via_stack(), kept, next);
         self.restore_flags(kept);
         self.asm.bind(back);
         true
@@ -308,10 +308,10 @@ impl Compiler<'_> {
 
     fn call_near(&mut self, at: At) -> bool {
         let target = self.near_target(at);
-        let slow = self.slot_to_push(usual(at));
+        let slow = self.slot_to_push(at, usual(at));
         self.missed(at, slow, 0);
         self.put_return_address(at);
-        self.look_at_watch(at, Via::Stack, usual(at), Target::Page(target));
+        self.look_at_watch(at, self.via_stack(), usual(at), Target::Page(target));
         self.restore_flags(usual(at));
         self.go(at, target);
         true
@@ -418,7 +418,7 @@ impl Compiler<'_> {
         let slow = self.asm.label();
         self.keep_flags(usual(at));
         let via = self.via(at);
-        self.translate(via, size as u32, false, slow);
+        self.translate(at, via, size as u32, false, slow);
         self.missed(at, slow, 0);
         self.asm.ins(self.wide(0x8b), R14, mem(R14, 0));
         self.restore_flags(usual(at));
@@ -446,10 +446,10 @@ impl Compiler<'_> {
         self.check_kept_target(slow);
         let slot = self.slot();
         self.asm.ins(self.wide(0x8d), ADDRESS, mem(STACK, -slot));
-        self.translate(Via::Stack, slot as u32, true, slow);
+        self.translate(at, self.via_stack(), slot as u32, true, slow);
         self.missed(at, slow, 0);
         self.put_return_address(at);
-        self.look_at_watch(at, Via::Stack, usual(at), Target::Saved);
+        self.look_at_watch(at, self.via_stack(), usual(at), Target::Saved);
         self.restore_flags(usual(at));
         self.asm.load(R14, hot(at::SAVED_ENTRY));
         self.go_to_address(at, -self.slot());

@@ -13,11 +13,11 @@ use super::liveness::Successors;
 use super::registers::{ADDRESS, Place, SCRATCH, place};
 use super::stubs::{Stubs, jrcxz};
 use crate::cpu::{Ea, FLAT, Mode, Op};
-use crate::mmu::{DATA_ENTRIES, SLOT_ROTATION};
+use crate::mmu::{DATA_ENTRIES, SLOT_ROTATION, way};
 
 /// Offsets in an entry of the translation buffer.
-const READ: i32 = 0;
-const WRITE: i32 = 8;
+pub(super) const READ: i32 = 0;
+pub(super) const WRITE: i32 = 8;
 const HOST: i32 = 16;
 const FLAG: i32 = 24;
 
@@ -26,8 +26,8 @@ const FLAG: i32 = 24;
 pub(crate) enum Via {
     /// In the translation buffer. R15 is the entry then.
     Buffer,
-    /// It is most likely in the page that the stack was in the last time. R15 is free.
-    Stack,
+    /// It is most likely in the page that it was in the last time. The number of that page; R15 is free.
+    Recent(usize),
 }
 
 /// Where the guest's status flags are while the host's are used for something else.
@@ -67,6 +67,8 @@ pub(crate) struct Compiler<'a> {
     pub(crate) count: i32,
     /// Number of its first operation.
     pub(crate) first_op: u32,
+    /// Its instructions that go from page to page with their memory operand, by bits.
+    pub(crate) scattered: u64,
     pub(crate) cold: Vec<Cold>,
     /// Links: the place of the distance in the code so far, and the target.
     pub(crate) links: Vec<(usize, i32)>,
@@ -211,9 +213,9 @@ impl Compiler<'_> {
     }
 
     /// Makes the linear address in R14 a host address, or goes to `slow`. R15 is then the entry. Changes flags.
-    pub(crate) fn translate(&mut self, via: Via, size: u32, write: bool, slow: Label) {
-        if via == Via::Stack {
-            return self.translate_stack(size, slow);
+    pub(crate) fn translate(&mut self, at: At, via: Via, size: u32, write: bool, slow: Label) {
+        if let Via::Recent(number) = via {
+            return self.translate_recent(at, number, size, write, slow);
         }
         let mask = ((DATA_ENTRIES - 1) << 5) as i32;
         if self.has_rorx {
@@ -236,30 +238,56 @@ impl Compiler<'_> {
         self.asm.ins(op64(0x03), R14, mem(R15, HOST));
     }
 
-    fn translate_stack(&mut self, size: u32, slow: Label) {
+    fn translate_recent(&mut self, op: At, number: usize, size: u32, write: bool, slow: Label) {
+        let op = self.op_number(op);
         let (other, back) = (self.asm.label(), self.asm.label());
-        self.asm.ins(op64(0x2b), R14, hot(at::STACK_TAG));
+        let recent = at::recent(number);
+        let right = if write { WRITE } else { READ };
+        self.asm.ins(op64(0x2b), R14, hot(recent + right));
         self.asm.alu_i(7, R14, 4096 - size as i32);
         self.asm.jcc(cc::A, other);
         self.asm.bind(back);
-        self.asm.ins(op64(0x03), R14, hot(at::STACK_HOST));
-        self.cold.push(Cold::OtherStack {
+        self.asm.ins(op64(0x03), R14, hot(recent + HOST));
+        self.cold.push(Cold::OtherPage {
             from: other,
             back,
             slow,
             size,
+            number,
+            write,
+            op,
         });
     }
 
     /// How the memory operand is best looked up.
     pub(crate) fn via(&self, at: At) -> Via {
         let base = at.i.memory_base();
-        let stack = (base.is_gpr64() || base.is_gpr32()) && base.number() == 4;
-        if stack && at.i.memory_index() == Register::None && at.op.seg >= FLAT {
-            Via::Stack
-        } else {
-            Via::Buffer
+        let indexed = at.i.memory_index() != Register::None;
+        let based = base.is_gpr64() || base.is_gpr32();
+        let flat = at.op.seg >= FLAT;
+        if !self.mode.contains(Mode::USER) {
+            let stack = based && base.number() == 4 && !indexed && flat;
+            return if stack { self.via_stack() } else { Via::Buffer };
         }
+        if self.scattered >> at.k & 1 != 0 {
+            return Via::Buffer;
+        }
+        match (based, indexed, flat) {
+            (true, false, true) => Via::Recent(way::BASE + base.number()),
+            (true, true, true) => Via::Recent(way::INDEXED + base.number()),
+            (false, false, true) => Via::Recent(way::PLAIN),
+            (false, false, false) => Via::Recent(way::SEGMENT),
+            _ => Via::Buffer,
+        }
+    }
+
+    /// How the stack is best looked up.
+    pub(crate) fn via_stack(&self) -> Via {
+        Via::Recent(if self.mode.contains(Mode::USER) {
+            way::BASE + 4
+        } else {
+            way::SUPERVISOR_STACK
+        })
     }
 
     /// Goes to `slow` unless R14 is a multiple of `align`. Changes flags.
@@ -281,7 +309,7 @@ impl Compiler<'_> {
         let from = self.asm.label();
         let flag = match via {
             Via::Buffer => mem(R15, FLAG),
-            Via::Stack => hot(at::STACK_FLAG),
+            Via::Recent(number) => hot(at::recent(number) + FLAG),
         };
         self.asm.load(R15, flag);
         self.asm.ins(op(0x80), 7, mem(R15, 0));

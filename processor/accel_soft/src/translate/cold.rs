@@ -1,9 +1,10 @@
 //! What goes out of line: the unusual ends of what a block does, behind its code.
 
 use super::code::{Compiler, Kept};
-use super::emit::{Label, R14, R15, RCX, cc, hot, mem, op64};
-use super::hot::at;
+use super::emit::{Label, R14, R15, RCX, cc, hot, mem};
+use super::hot::{OpPlace, at};
 use super::registers::STACK;
+use crate::mmu::way;
 
 /// What goes out of line.
 pub(crate) enum Cold {
@@ -24,12 +25,15 @@ pub(crate) enum Cold {
     },
     /// The way to a place that may not be translated yet.
     Link { from: Label, link: u32 },
-    /// The stack is in another page than the last time.
-    OtherStack {
+    /// The address is in another page than the last time.
+    OtherPage {
         from: Label,
         back: Label,
         slow: Label,
         size: u32,
+        number: usize,
+        write: bool,
+        op: u32,
     },
     /// The x87 unit is not in the host's.
     LoadX87 { from: Label, op: u32, back: Label },
@@ -62,8 +66,9 @@ pub(crate) enum Target {
 impl Compiler<'_> {
     /// Puts what goes out of line behind the block.
     pub(crate) fn finish(&mut self) {
-        for cold in std::mem::take(&mut self.cold) {
-            match cold {
+        let mut cold = std::mem::take(&mut self.cold).into_iter().peekable();
+        while let Some(this) = cold.next() {
+            match this {
                 Cold::Slow {
                     from,
                     back,
@@ -81,12 +86,28 @@ impl Compiler<'_> {
                     self.asm.mov_u32(R15, link);
                     self.asm.jmp(self.stubs.link);
                 }
-                Cold::OtherStack {
+                Cold::OtherPage {
                     from,
                     back,
                     slow,
                     size,
-                } => self.put_other_stack(from, back, slow, size),
+                    number,
+                    write,
+                    op,
+                } => {
+                    self.asm.bind(from);
+                    if number != way::SUPERVISOR_STACK {
+                        self.asm.mov_u32(R15, op * size_of::<OpPlace>() as u32);
+                    }
+                    self.asm.call(self.stubs.find[number][usize::from(write)]);
+                    self.asm.alu_i(7, R14, 4096 - size as i32);
+                    self.asm.jcc(cc::BE, back);
+                    let follows =
+                        |next: &Cold| matches!(next, Cold::Slow { from, .. } if *from == slow);
+                    if !cold.peek().is_some_and(follows) {
+                        self.asm.jmp_label(slow);
+                    }
+                }
                 Cold::LoadX87 { from, op, back } => self.put_load_x87(from, op, back),
                 Cold::Event {
                     from,
@@ -123,15 +144,6 @@ impl Compiler<'_> {
         }
         self.asm.store(hot(at::RIP), R14);
         self.asm.jmp(self.stubs.wrote);
-    }
-
-    fn put_other_stack(&mut self, from: Label, back: Label, slow: Label, size: u32) {
-        self.asm.bind(from);
-        self.asm.call(self.stubs.find_stack);
-        self.asm.ins(op64(0x2b), R14, hot(at::STACK_TAG));
-        self.asm.alu_i(7, R14, 4096 - size as i32);
-        self.asm.jcc(cc::A, slow);
-        self.asm.jmp_label(back);
     }
 
     fn put_load_x87(&mut self, from: Label, op: u32, back: Label) {

@@ -37,7 +37,7 @@ impl Compiler<'_> {
                 return false;
             }
             let via = self.via(at);
-            self.translate(via, size as u32, false, slow);
+            self.translate(at, via, size as u32, false, slow);
             self.asm.ins(of_size(0x8b), R14, mem(R14, 0));
         }
         if i.mnemonic() == M::Div {

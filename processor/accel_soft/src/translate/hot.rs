@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU32;
 
 use super::jumps::Jumps;
 use crate::cpu::{Cpu, Op};
-use crate::mmu::{StackPage, Tlb};
+use crate::mmu::{DataEntry, RecentPages, Tlb};
 use crate::simd::Vectors;
 
 /// The part of a [`Cpu`] that only translated code and its callers use.
@@ -24,18 +24,30 @@ pub(crate) struct Hot {
     pub(crate) spilled: [u64; 3],
     /// For values that outgrow the scratch registers.
     pub(crate) scratch: [u64; 4],
+    /// An operation whose memory operand is in another page too often, or null.
+    pub(crate) scattered: *const OpPlace,
 }
 
-/// Where a decoded operation is.
+/// What is known of a decoded operation besides what it does. The stubs count misses here.
 #[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
 pub(crate) struct OpPlace {
     /// The place of its block in its page.
     pub(crate) start: u16,
+    /// A clock of instructions, when its memory operand was last in another page than [`RecentPages`] has.
+    pub(crate) epoch: u16,
     /// Instructions of the block behind it.
-    pub(crate) rest: u16,
+    pub(crate) rest: u8,
+    /// How often that was so since the clock changed.
+    pub(crate) misses: u8,
     /// It looks at the x87 unit, or changes it.
     pub(crate) x87: bool,
+    /// That was so too often: its memory operand is looked up in the translation buffer at once.
+    pub(crate) scattered: bool,
 }
+
+/// Instructions for which [`OpPlace::misses`] are counted, as a power of two.
+pub(crate) const EPOCH: u8 = 16;
 
 /// What is looked at only when translated code is entered or left.
 #[derive(Debug)]
@@ -79,24 +91,25 @@ impl Hot {
             key: 0,
             page: 0,
             scratch: [0; 4],
+            scattered: std::ptr::null(),
         }
     }
 }
 
 /// Displacements from the stack pointer of translated code.
 pub(crate) mod at {
-    use super::{Cpu, Gate, Hot, StackPage, Tlb, Vectors, offset_of};
+    use super::{Cpu, DataEntry, Gate, Hot, RecentPages, Tlb, Vectors, offset_of};
 
     const HOT: usize = offset_of!(Cpu, hot);
     /// [`Tlb::data`].
     pub(crate) const TLB: i32 = (offset_of!(Cpu, tlb) + offset_of!(Tlb, data)) as i32;
-    const STACK: usize = offset_of!(Cpu, tlb) + offset_of!(Tlb, stack);
-    /// [`StackPage::tag`].
-    pub(crate) const STACK_TAG: i32 = (STACK + offset_of!(StackPage, tag)) as i32;
-    /// [`StackPage::host`].
-    pub(crate) const STACK_HOST: i32 = (STACK + offset_of!(StackPage, host)) as i32;
-    /// [`StackPage::flag`].
-    pub(crate) const STACK_FLAG: i32 = (STACK + offset_of!(StackPage, flag)) as i32;
+    const RECENT: usize =
+        offset_of!(Cpu, tlb) + offset_of!(Tlb, recent) + offset_of!(RecentPages, now);
+
+    /// The entry of this number in [`RecentPages::now`].
+    pub(crate) const fn recent(number: usize) -> i32 {
+        (RECENT + number * size_of::<DataEntry>()) as i32
+    }
     /// [`Hot::spilled`].
     pub(crate) const SPILLED: i32 = (HOT + offset_of!(Hot, spilled)) as i32;
     /// [`Hot::events`].
@@ -113,8 +126,12 @@ pub(crate) mod at {
     pub(crate) const SAVED_FLAGS: i32 = SAVED_REGISTER + 8;
     /// An entry of the translation buffer, or a target, for a moment.
     pub(crate) const SAVED_ENTRY: i32 = SAVED_REGISTER + 16;
-    /// An address, while the stack's page is looked up.
-    pub(crate) const SAVED_ENTRY_OF_STACK: i32 = SAVED_REGISTER + 24;
+    /// An address, while its page is looked up.
+    pub(crate) const SAVED_ADDRESS: i32 = SAVED_REGISTER + 24;
+    /// [`Hot::scattered`].
+    pub(crate) const SCATTERED: i32 = (HOT + offset_of!(Hot, scattered)) as i32;
+    /// [`Gate::places`].
+    pub(crate) const PLACES: i32 = (offset_of!(Cpu, gate) + offset_of!(Gate, places)) as i32;
     /// [`Cpu::status`].
     pub(crate) const STATUS: i32 = offset_of!(Cpu, status) as i32;
     /// [`Gate::host_rsp`].
@@ -136,5 +153,5 @@ pub(crate) mod at {
     pub(crate) const YMM: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, ymm)) as i32;
     /// MXCSR.
     pub(crate) const MXCSR: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, mxcsr)) as i32;
-    const _: () = assert!(PAGE < 128 && YMM % 32 == 0);
+    const _: () = assert!(PAGE < 128 && TLB < 128 && YMM % 32 == 0);
 }

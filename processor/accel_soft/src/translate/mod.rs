@@ -358,6 +358,7 @@ impl Translator {
         // SAFETY: the page that the block lies in is mapped; whatever a writer makes of the copy, it is bytes.
         unsafe { std::ptr::copy_nonoverlapping(start, page.as_mut_ptr(), page.len()) };
         let successors = Successors::new(&page, this.mode);
+        let scattered = self.scattered(first_op, instructions.len());
         let mut c = Compiler {
             has_rorx: self.has_rorx,
             x87_ready: false,
@@ -368,6 +369,7 @@ impl Translator {
             start: (this.host as usize & 0xfff) as i32,
             count: i32::from(this.count),
             first_op: first_op as u32,
+            scattered,
             cold: Vec::new(),
             links: Vec::new(),
             first_link: self.links.len() as u32,
@@ -411,6 +413,37 @@ impl Translator {
         true
     }
 
+    /// Bits of the instructions that go from page to page with their memory operand.
+    fn scattered(&self, first_op: usize, count: usize) -> u64 {
+        let places = self.places.get(first_op..).unwrap_or_default();
+        let all = places.iter().take(count).enumerate();
+        all.fold(0, |bits, (k, place)| bits | u64::from(place.scattered) << k)
+    }
+
+    /// The number of an operation that goes from page to page with its memory operand, if that is news.
+    pub(crate) fn note_scattered(&mut self, place: *const OpPlace) -> Option<usize> {
+        let number = (place as usize - self.places.as_ptr() as usize) / size_of::<OpPlace>();
+        let place = self.places.get_mut(number)?;
+        (!std::mem::replace(&mut place.scattered, true)).then_some(number)
+    }
+
+    /// True when there is such an operation.
+    #[cfg(test)]
+    pub(crate) fn has_scattered(&self) -> bool {
+        self.places.iter().any(|place| place.scattered)
+    }
+
+    /// Compiles a block once more, with what is known now.
+    pub(crate) fn compile_again(&mut self, block: *mut Block, bytes: &[u8], first_op: usize) {
+        // SAFETY: a live block.
+        let before = unsafe { (*block).code };
+        if before.near != 0 && !before.is_stale && self.compile(block, bytes, first_op) {
+            // SAFETY: as above.
+            let near = unsafe { (*block).code.near };
+            self.memory.put_jump(before.near, near);
+        }
+    }
+
     fn set_places(
         &mut self,
         block: &Block,
@@ -423,7 +456,7 @@ impl Translator {
         }
         for (k, place) in self.places[first_op..end].iter_mut().enumerate() {
             place.start = (block.host as usize & 0xfff) as u16;
-            place.rest = block.count.saturating_sub(k as u16 + 1);
+            place.rest = usize::from(block.count).saturating_sub(k + 1) as u8;
             place.x87 = instructions
                 .get(k)
                 .is_some_and(|(i, _)| shape::touches_x87(i));

@@ -266,7 +266,7 @@ impl Compiler<'_> {
             self.check_alignment(s.align, slow);
         }
         let via = self.via(at);
-        self.translate(via, size, writes, slow);
+        self.translate(at, via, size, writes, slow);
         self.cold.push(Cold::Slow {
             from: slow,
             back,

@@ -1,17 +1,20 @@
 //! Entering and leaving translated code, and the ways from it to Rust.
 
+use std::mem::offset_of;
+
+use super::code::{READ, WRITE};
 use super::emit::{
     Asm, Opcode, R14, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Rm, hot, mem, op, op64,
 };
 use super::fpu;
-use super::hot::at;
+use super::hot::{EPOCH, OpPlace, at};
 use super::memory::CodeMemory;
 use super::registers::{Place, place};
 use super::runtime::{self, exit};
-use crate::mmu::{DATA_ENTRIES, SLOT_ROTATION};
+use crate::mmu::{DATA_ENTRIES, DataEntry, RECENT_PAGES, SLOT_ROTATION, way};
 
 /// Addresses of the common pieces of code.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Stubs {
     /// `extern "sysv64" fn(*mut Cpu, code) -> u32`.
     pub(crate) enter: u64,
@@ -21,9 +24,11 @@ pub(crate) struct Stubs {
     pub(crate) link: u64,
     /// Called: puts the x87 unit into the host's, for the operation whose number is in R15.
     pub(crate) load_x87: u64,
-    /// Called: R14 is a distance from the page of the stack, and becomes the address; that becomes the page of the stack, if
-    /// it is in the translation buffer and may be written. Changes flags and R15.
-    pub(crate) find_stack: u64,
+    /// Called, by the number of a recent page, to read or to write: R14 is a distance from the page, and becomes the address;
+    /// the page becomes that of the address, if it is in the translation buffer with this right. R14 is then a distance again,
+    /// or too large a number. Changes flags and R15, which, but for
+    /// the supervisor's stack, is the place of the operation in the table of [`OpPlace`].
+    pub(crate) find: [[u64; 2]; RECENT_PAGES],
     /// Called: executes the operation whose number is in R15 in the middle of a block.
     pub(crate) run_op: u64,
     /// Executes the last operation of a block, whose number is in R15.
@@ -187,10 +192,15 @@ impl Builder<'_> {
         self.leave();
     }
 
-    fn find_stack(&mut self) {
+    fn find(&mut self, recent: i32, right: i32) {
         // One word below the state.
         let at = |place: i32| hot(8 + place);
-        self.asm.ins(op64(0x03), R14, at(at::STACK_TAG));
+        self.asm.ins(op64(0x03), R14, at(recent + right));
+        self.asm.store(at(at::SAVED_ADDRESS), R14);
+        if recent != at::recent(way::SUPERVISOR_STACK) {
+            self.count_miss();
+            self.asm.load(R14, at(at::SAVED_ADDRESS));
+        }
         self.asm.mov(R15, R14);
         self.asm.ins(op64(0xc1), 1, Rm::Reg(R15));
         self.asm.u8(SLOT_ROTATION as u8);
@@ -200,22 +210,46 @@ impl Builder<'_> {
         self.asm.ins(op(0x81), 4, Rm::Reg(R15));
         self.asm.i32(((DATA_ENTRIES - 1) << 5) as i32);
         self.asm.ins(op64(0x03), R15, at(at::TLB));
-        self.asm.store(at(at::SAVED_ENTRY_OF_STACK), R14);
-        self.asm.ins(op64(0x2b), R14, mem(R15, 8));
+        self.asm.ins(op64(0x2b), R14, mem(R15, right));
         self.asm.alu_i(7, R14, 4095);
         let other = self.asm.label();
         self.asm.jcc(super::emit::cc::A, other);
-        for (from, to) in [
-            (8, at::STACK_TAG),
-            (16, at::STACK_HOST),
-            (24, at::STACK_FLAG),
-        ] {
-            self.asm.load(R14, mem(R15, from));
-            self.asm.store(at(to), R14);
+        for word in (0..size_of::<DataEntry>() as i32).step_by(8) {
+            self.asm.load(R14, mem(R15, word));
+            self.asm.store(at(recent + word), R14);
         }
+        self.asm.load(R14, at(at::SAVED_ADDRESS));
+        self.asm.ins(op64(0x2b), R14, at(recent + right));
         self.asm.bind(other);
-        self.asm.load(R14, at(at::SAVED_ENTRY_OF_STACK));
         self.asm.u8(0xc3);
+    }
+
+    /// Counts a miss of the operation whose [`OpPlace`] is R15 bytes into the table; names it when there are too many for the
+    /// time. Uses R14.
+    fn count_miss(&mut self) {
+        const EPOCH_AT: i32 = offset_of!(OpPlace, epoch) as i32;
+        const MISSES_AT: i32 = offset_of!(OpPlace, misses) as i32;
+        let word = |byte| Opcode {
+            p66: true,
+            ..op(byte)
+        };
+        let (same, done) = (self.asm.label(), self.asm.label());
+        self.asm.ins(op64(0x03), R15, hot(8 + at::PLACES));
+        self.asm.load(R14, hot(8 + at::INSTRUCTIONS));
+        self.asm.ins(op64(0xc1), 5, Rm::Reg(R14));
+        self.asm.u8(EPOCH);
+        self.asm.ins(word(0x3b), R14, mem(R15, EPOCH_AT));
+        self.asm.jcc(super::emit::cc::E, same);
+        self.asm.ins(word(0x89), R14, mem(R15, EPOCH_AT));
+        self.asm.ins(op(0xc6), 0, mem(R15, MISSES_AT));
+        self.asm.u8(0);
+        self.asm.jmp_label(done);
+        self.asm.bind(same);
+        // INC, which gives zero after 255.
+        self.asm.ins(op(0xfe), 0, mem(R15, MISSES_AT));
+        self.asm.jcc(super::emit::cc::NE, done);
+        self.asm.store(hot(8 + at::SCATTERED), R15);
+        self.asm.bind(done);
     }
 
     fn wrote(&mut self) {
@@ -271,7 +305,17 @@ pub(crate) fn lookup(asm: &mut Asm, has_rorx: bool, miss: impl FnOnce(&mut Asm))
 pub(crate) fn build(asm: &mut Asm, memory: &mut CodeMemory) -> Stubs {
     let has_rorx = has_rorx();
     let wide = std::arch::is_x86_feature_detected!("avx");
-    let mut stubs = Stubs::default();
+    let mut stubs = Stubs {
+        enter: 0,
+        exit: 0,
+        link: 0,
+        load_x87: 0,
+        find: [[0; 2]; RECENT_PAGES],
+        run_op: 0,
+        run_last: 0,
+        wrote: 0,
+        lookup: 0,
+    };
     let mut piece = |emit: &dyn Fn(&mut Builder)| {
         let start = memory.next();
         asm.start(start);
@@ -285,7 +329,9 @@ pub(crate) fn build(asm: &mut Asm, memory: &mut CodeMemory) -> Stubs {
     stubs.link = piece(&|b| b.link());
     stubs.run_op = piece(&|b| b.call_and_go_on(runtime::run_op as *const () as usize));
     stubs.load_x87 = piece(&|b| b.call_and_go_on(fpu::load as *const () as usize));
-    stubs.find_stack = piece(&|b| b.find_stack());
+    for (number, find) in stubs.find.iter_mut().enumerate() {
+        *find = [READ, WRITE].map(|right| piece(&|b| b.find(at::recent(number), right)));
+    }
     let exit = stubs.exit;
     stubs.lookup = piece(&|b| lookup(b.asm, has_rorx, |asm| asm.jmp(exit)));
     let lookup = stubs.lookup;
