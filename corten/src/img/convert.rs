@@ -58,7 +58,8 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     let backing = parsed.get('B').or(parsed.get('b'));
     let compress = parsed.has('c');
     let resume = parsed.has('R');
-    let create = !parsed.has('n') && !(resume && std::path::Path::new(target).exists());
+    let goes_on = resume && std::path::Path::new(target).exists();
+    let create = !parsed.has('n') && !goes_on;
     if compress && format != "qcow2" {
         return Err(Failure::plain(format!(
             "Compression not supported for file format '{format}'"
