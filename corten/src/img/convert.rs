@@ -1,12 +1,17 @@
 //! `convert`, `dd` and `compare`.
 
-use block::{CacheMode, IoBuf, Scope};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use block::{CacheMode, Disk, ErrorKind, IoBuf, Scope};
 use image_formats::copy::{self, Comparison, CopyOptions};
-use image_formats::{Image, ImageOptions, resolve_name};
+use image_formats::qcow2::Repair;
+use image_formats::{Image, ImageOptions, open_image, resolve_name};
 
 use super::args::{flag, key_values, size, value};
 use super::create::{ImageSpec, look_at_backing};
 use super::output::{Progress, say};
+use super::verify::{self, Manifest};
 use super::{Failure, Outcome, Tool, as_disk, cache, open};
 
 /// The snapshot that `-l` means: `snapshot.name=x`, `snapshot.id=x`, or either of them alone.
@@ -39,6 +44,8 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         flag('I', "image-opts"),
         flag('Z', "target-is-zero"),
         flag('A', "salvage"),
+        flag('K', "checksum"),
+        flag('R', "resume"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let [sources @ .., target] = &parsed.names[..] else {
@@ -50,7 +57,9 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     let format = parsed.get('O').unwrap_or("raw");
     let backing = parsed.get('B').or(parsed.get('b'));
     let mut compress = parsed.has('c');
-    let create = !parsed.has('n');
+    let resume = parsed.has('R');
+    let goes_on = resume && std::path::Path::new(target).exists();
+    let create = !parsed.has('n') && !goes_on;
     if compress && !["qcow2", "vmdk"].contains(&format) {
         return Err(Failure::plain(format!(
             "Compression not supported for file format '{format}'"
@@ -107,7 +116,12 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         };
         spec.make(tool, target, &follow, backing.is_some()).await?
     } else {
-        let (_, image) = open(target, &target_options).await?;
+        let (_, image) = if resume {
+            repair_interrupted(target, &target_options).await?;
+            open_released(target, &target_options).await?
+        } else {
+            open(target, &target_options).await?
+        };
         image
     };
     // Some images store nothing that is not compressed.
@@ -137,6 +151,7 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
             })?,
         },
         salvage: parsed.has('A'),
+        only_differences: resume && !create,
     };
     let progress = Progress::new(parsed.has('p') && !parsed.has('q'), total);
     let mut shift = 0;
@@ -146,6 +161,48 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     }
     disk.close().await?;
     progress.finish();
+    if parsed.has('K') {
+        let manifest = Manifest::of(&disks, verify::EXTENT, &|_| {}).await?;
+        manifest.write(&verify::beside(target))?;
+    }
+    Ok(())
+}
+
+/// How long a lock may outlive the process that held it: the kernel takes a ring of io_uring apart, and
+/// with it the files, some time after a killed process is gone.
+const LOCK_LINGERS: Duration = Duration::from_secs(5);
+
+/// Opens a target that a process which has just ended may still hold.
+async fn open_released(name: &str, options: &ImageOptions) -> Result<(Rc<Disk>, Image), Failure> {
+    let begin = Instant::now();
+    loop {
+        match open_image(name, options).await {
+            Err(e) if e.kind() == ErrorKind::Locked && begin.elapsed() < LOCK_LINGERS => {
+                block::executor::sleep(Duration::from_millis(20)).await?;
+            }
+            result => {
+                let image = result?;
+                return Ok((as_disk(&image, options.cache), image));
+            }
+        }
+    }
+}
+
+/// Makes an image whole that a conversion has left when it was interrupted: clusters may be lost to
+/// it, and some formats are marked as in use.
+async fn repair_interrupted(target: &str, options: &ImageOptions) -> Outcome {
+    let options = ImageOptions {
+        for_check: true,
+        backing: false,
+        ..options.clone()
+    };
+    let (disk, image) = open_released(target, &options).await?;
+    match (&image.qcow2, &image.format) {
+        (Some(qcow2), _) => drop(qcow2.check(Repair::All).await?),
+        (None, Some(other)) => drop(other.check(Repair::All).await?),
+        (None, None) => {}
+    }
+    disk.close().await?;
     Ok(())
 }
 

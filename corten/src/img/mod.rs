@@ -18,6 +18,7 @@ mod map;
 pub(crate) mod output;
 pub(crate) mod sizes;
 mod snapshot;
+mod verify;
 
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -93,7 +94,7 @@ pub(crate) struct Tool {
     compatible: bool,
 }
 
-const VERBS: [(&str, &str); 14] = [
+const VERBS: [(&str, &str); 15] = [
     ("amend", "Update format-specific options of the image"),
     ("bench", "Run simple image benchmark"),
     ("check", "Check basic image integrity"),
@@ -111,6 +112,10 @@ const VERBS: [(&str, &str); 14] = [
     ("rebase", "Change backing file of the image"),
     ("resize", "Resize the image to the new size"),
     ("snapshot", "List or manipulate snapshots within image"),
+    (
+        "verify",
+        "Check an image against the manifest that `convert --checksum` wrote",
+    ),
 ];
 
 /// Runs `corten img` with the arguments that follow it, or `qemu-img` with its arguments
@@ -183,6 +188,7 @@ async fn run(tool: Tool, verb: &str, rest: &[String]) -> Outcome {
         "rebase" => layers::rebase(tool, rest).await,
         "resize" => sizes::resize(tool, rest).await,
         "snapshot" => snapshot::snapshot(tool, rest).await,
+        "verify" => verify::verify(tool, rest).await,
         _ => Err(Failure::plain(format!(
             "Command not found: {verb}\nTry '{} --help' for more info",
             tool.program
@@ -193,6 +199,23 @@ async fn run(tool: Tool, verb: &str, rest: &[String]) -> Outcome {
 /// Options of several verbs.
 pub(crate) const ALLOW_EXTERNAL: Spec = flag('E', "allow-external");
 pub(crate) const HELP: Spec = flag('h', "help");
+
+/// What an option does that qemu-img does not have.
+fn about(option: &str) -> &'static str {
+    match option {
+        "checksum" => {
+            "write TARGET.blake3, a manifest for `verify`: the BLAKE3 digest of each 4 MiB of the \
+             sources' content, zeroes at the end of an extent left out, null where all is zero"
+        }
+        "resume" => {
+            "go on with an interrupted conversion: repair TARGET if it is there, compare it with the \
+             sources and write what differs (options that shape a new image do not count then)"
+        }
+        "manifest" => "the manifest to check against (default: IMAGE.blake3)",
+        "allow-external" => "open files outside the image's own directory that the image names",
+        _ => "",
+    }
+}
 
 impl Tool {
     /// Takes a verb's command line apart; prints its options if that is asked for.
@@ -213,7 +236,9 @@ impl Tool {
                 } else {
                     "  ".to_owned()
                 };
-                output::say(format!("  {short} {long}{value}"));
+                let about = about(spec.long);
+                let gap = if about.is_empty() { "" } else { "  " };
+                output::say(format!("  {short} {long}{value}{gap}{about}"));
             }
             return Err(Failure::status(0));
         }

@@ -1,10 +1,11 @@
 //! Copying the content of one disk to another, leaving out what need not be copied.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::{Poll, Waker};
 
 use block::executor::{offload, spawn_local};
-use block::sync::WaitQueue;
 use block::{
     BlockBackend, Disk, ErrorKind, Extent, ExtentKind, ExtentQuery, IoBuf, Result, Scope,
     ZeroFlags, bytes_are_zero,
@@ -34,6 +35,8 @@ pub struct CopyOptions {
     pub parallel: usize,
     /// Where the source cannot be read, write zeroes and go on.
     pub salvage: bool,
+    /// Read the target too, and write only where it is otherwise: an earlier copy goes on.
+    pub only_differences: bool,
 }
 
 impl Default for CopyOptions {
@@ -45,6 +48,7 @@ impl Default for CopyOptions {
             scope: Scope::Chain,
             parallel: DEFAULT_PARALLEL,
             salvage: false,
+            only_differences: false,
         }
     }
 }
@@ -57,9 +61,53 @@ struct Copy<'a> {
     shift: u64,
     image: &'a Image,
     compression: Option<Compressing>,
-    /// Formats that are streams are written in order.
-    order: Option<&'a Order>,
     options: CopyOptions,
+    turns: &'a Turns,
+    /// Room for a piece, kept from one to the next: fresh memory costs a page fault every 4 KiB.
+    room: IoBuf,
+    /// The piece again, where it can be looked at.
+    bytes: RefCell<Vec<u8>>,
+}
+
+/// Makes compressed pieces land in the order of the source, so that the file is the same whatever the
+/// number of threads and whoever finishes first.
+#[derive(Default)]
+struct Turns {
+    /// The number of the task that may write.
+    now: Cell<u64>,
+    failed: Cell<bool>,
+    waiting: RefCell<Vec<Waker>>,
+}
+
+impl Turns {
+    /// Waits until all tasks before `number` are done; false if one has failed.
+    async fn wait(&self, number: u64) -> bool {
+        poll_fn(|cx| {
+            if self.failed.get() || self.now.get() == number {
+                return Poll::Ready(());
+            }
+            self.waiting.borrow_mut().push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        !self.failed.get()
+    }
+
+    fn wake_all(&self) {
+        for waker in self.waiting.take() {
+            waker.wake();
+        }
+    }
+
+    fn pass_on(&self) {
+        self.now.set(self.now.get() + 1);
+        self.wake_all();
+    }
+
+    fn give_up(&self) {
+        self.failed.set(true);
+        self.wake_all();
+    }
 }
 
 /// How data is compressed, and in which units of bytes.
@@ -77,34 +125,11 @@ enum Method {
     Deflate { zlib: bool },
 }
 
-/// Lets pieces of work that end in any order be written in that of their offsets.
-#[derive(Default)]
-struct Order {
-    next: Cell<u64>,
-    failed: Cell<bool>,
-    changed: WaitQueue,
-}
-
-impl Order {
-    /// Waits until everything before `offset` is done with; `false` if something of it has failed.
-    async fn turn(&self, offset: u64) -> bool {
-        while self.next.get() < offset && !self.failed.get() {
-            self.changed.wait().await;
-        }
-        !self.failed.get()
-    }
-
-    /// Says that everything before `end` is done with.
-    fn done(&self, end: u64, well: bool) {
-        self.next.set(end);
-        self.failed.set(self.failed.get() || !well);
-        self.changed.wake_all();
-    }
-}
-
 /// One piece of work.
 #[derive(Clone, Copy)]
 struct Task {
+    /// Counts from 0, in the order of the source.
+    number: u64,
     offset: u64,
     length: u64,
     action: Action,
@@ -138,15 +163,14 @@ pub async fn copy(
         end,
         grain: grain(image, options),
         next: Cell::new(0),
+        handed_out: Cell::new(0),
         known: RefCell::default(),
     });
     let mut workers = Vec::new();
-    let failed = Rc::new(Cell::new(false));
-    let order = Rc::new(Order::default());
+    let turns = Rc::new(Turns::default());
     for _ in 0..options.parallel.clamp(1, 64) {
         let (tasks, source, target) = (tasks.clone(), source.clone(), target.clone());
-        let (image, progress, failed) = (image.clone(), progress.clone(), failed.clone());
-        let order = order.clone();
+        let (image, progress, turns) = (image.clone(), progress.clone(), turns.clone());
         workers.push(spawn_local(async move {
             let compression = compression(&image, options);
             let copy = Copy {
@@ -155,27 +179,16 @@ pub async fn copy(
                 shift,
                 image: &image,
                 compression,
-                order: compression
-                    .filter(|c| matches!(c.method, Method::Deflate { .. }))
-                    .map(|_| &*order),
                 options,
+                turns: &turns,
+                room: IoBuf::zeroed(grain(&image, options) as usize),
+                bytes: RefCell::default(),
             };
-            while !failed.get() {
-                let task = tasks.take().await;
-                let Some(task) = task.inspect_err(|_| order.done(end, false))? else {
-                    break;
-                };
-                let result = copy.perform(task).await;
-                failed.set(failed.get() || result.is_err());
-                if let Some(order) = copy.order {
-                    // Others may wait for this one.
-                    order.turn(task.offset).await;
-                    order.done(task.offset + task.length, result.is_ok());
-                }
-                result?;
-                progress(task.length);
+            let result = copy.work(&tasks, &*progress).await;
+            if result.is_err() {
+                turns.give_up();
             }
-            Ok(())
+            result
         }));
     }
     let mut result = Ok(());
@@ -216,6 +229,7 @@ struct Tasks {
     end: u64,
     grain: u64,
     next: Cell<u64>,
+    handed_out: Cell<u64>,
     known: RefCell<std::collections::VecDeque<Extent>>,
 }
 
@@ -240,6 +254,7 @@ impl Tasks {
                 self.next.set(offset + to_boundary);
                 self.forget_until(offset + to_boundary);
                 return Ok(Some(Task {
+                    number: self.number(),
                     offset,
                     length: to_boundary,
                     action: Action::Copy,
@@ -259,11 +274,16 @@ impl Tasks {
                 (false, false) => Action::Copy,
             };
             return Ok(Some(Task {
+                number: self.number(),
                 offset,
                 length,
                 action,
             }));
         }
+    }
+
+    fn number(&self) -> u64 {
+        self.handed_out.replace(self.handed_out.get() + 1)
     }
 
     fn forget_until(&self, offset: u64) {
@@ -291,18 +311,64 @@ impl Tasks {
 }
 
 impl Copy<'_> {
-    async fn perform(&self, task: Task) -> Result<()> {
+    /// Takes tasks until there are none, or one has failed.
+    async fn work(&self, tasks: &Tasks, progress: &dyn Fn(u64)) -> Result<()> {
+        while !self.turns.failed.get() {
+            let Some(task) = tasks.take().await? else {
+                break;
+            };
+            if self.perform(task).await? {
+                progress(task.length);
+            }
+        }
+        Ok(())
+    }
+
+    /// False if another task has failed meanwhile and this one was not done.
+    async fn perform(&self, task: Task) -> Result<bool> {
+        if self.compression.is_some() {
+            return self.perform_in_turn(task).await;
+        }
         match task.action {
-            Action::Skip => return Ok(()),
-            Action::Zero => return self.zero(task.offset, task.length).await,
-            Action::Copy => {}
+            Action::Skip => {}
+            Action::Zero => self.zero(task.offset, task.length).await?,
+            Action::Copy => {
+                let buffer = self.room.slice(0, task.length as usize);
+                self.read(task.offset, &buffer).await?;
+                if !self.is_there(task.offset, &buffer).await? {
+                    self.write_sparse(task.offset, &buffer).await?;
+                }
+            }
         }
-        let buffer = IoBuf::zeroed(task.length as usize);
-        self.read(task.offset, &buffer).await?;
-        match self.compression {
-            Some(how) => self.write_compressed(task, &buffer, how).await,
-            None => self.write_sparse(task.offset, &buffer).await,
+        Ok(true)
+    }
+
+    /// Reads and compresses beside the other tasks, and writes when its turn has come.
+    async fn perform_in_turn(&self, task: Task) -> Result<bool> {
+        let mut ready = None;
+        if task.action == Action::Copy
+            && let Some(how) = self.compression
+        {
+            let buffer = self.room.slice(0, task.length as usize);
+            self.read(task.offset, &buffer).await?;
+            if !self.is_there(task.offset, &buffer).await? {
+                let bytes = buffer.to_vec();
+                let pieces = offload(move || compress_all(&bytes, how)).await;
+                ready = Some((buffer, pieces, how));
+            }
         }
+        if !self.turns.wait(task.number).await {
+            return Ok(false);
+        }
+        if task.action == Action::Zero {
+            self.zero(task.offset, task.length).await?;
+        }
+        if let Some((buffer, pieces, how)) = ready {
+            self.write_compressed(task, &buffer, pieces, how)
+                .await?;
+        }
+        self.turns.pass_on();
+        Ok(true)
     }
 
     async fn read(&self, offset: u64, buffer: &IoBuf) -> Result<()> {
@@ -324,18 +390,41 @@ impl Copy<'_> {
         Ok(())
     }
 
+    /// Whether an earlier copy has left this content in the target.
+    async fn is_there(&self, offset: u64, buffer: &IoBuf) -> Result<bool> {
+        if !self.options.only_differences {
+            return Ok(false);
+        }
+        let found = IoBuf::zeroed(buffer.len());
+        self.target.read(self.shift + offset, found.clone()).await?;
+        Ok(found.to_vec() == buffer.to_vec())
+    }
+
     async fn zero(&self, offset: u64, length: u64) -> Result<()> {
         if self.options.target_is_zero || length == 0 {
             return Ok(());
         }
+        if !self.options.only_differences {
+            return self.write_zeroes(self.shift + offset, length).await;
+        }
+        let (mut at, end) = (self.shift + offset, self.shift + offset + length);
+        while at < end {
+            let extent = first_extent(self.target, at, end).await?;
+            if !extent.reads_as_zero() {
+                self.write_zeroes(at, extent.length).await?;
+            }
+            at += extent.length;
+        }
+        Ok(())
+    }
+
+    async fn write_zeroes(&self, at: u64, length: u64) -> Result<()> {
         let flags = if self.options.sparse_size > 0 {
             ZeroFlags::MAY_UNMAP
         } else {
             ZeroFlags::empty()
         };
-        self.target
-            .write_zeroes(self.shift + offset, length, flags, false)
-            .await
+        self.target.write_zeroes(at, length, flags, false).await
     }
 
     /// Writes data, leaving out longer runs of zeroes.
@@ -347,7 +436,9 @@ impl Copy<'_> {
                 .write(self.shift + offset, buffer.clone(), false)
                 .await;
         }
-        let bytes = buffer.to_vec();
+        let mut bytes = self.bytes.take();
+        bytes.resize(buffer.len(), 0);
+        buffer.copy_to(&mut bytes);
         let is_zero = |at: usize| bytes_are_zero(&bytes[at..(at + grain).min(bytes.len())]);
         let mut start = 0;
         while start < bytes.len() {
@@ -366,18 +457,17 @@ impl Copy<'_> {
             }
             start = end;
         }
+        self.bytes.replace(bytes);
         Ok(())
     }
 
-    async fn write_compressed(&self, task: Task, buffer: &IoBuf, how: Compressing) -> Result<()> {
-        let bytes = buffer.to_vec();
-        let compressed = offload(move || compress_all(&bytes, how)).await;
-        if let Some(order) = self.order
-            && !order.turn(task.offset).await
-        {
-            // Whoever failed reports it.
-            return Ok(());
-        }
+    async fn write_compressed(
+        &self,
+        task: Task,
+        buffer: &IoBuf,
+        compressed: Vec<Compressed>,
+        how: Compressing,
+    ) -> Result<()> {
         for (number, result) in compressed.into_iter().enumerate() {
             let within = number as u64 * how.unit;
             let at = task.offset + within;

@@ -5,6 +5,7 @@ mod cpu;
 mod devices;
 mod net_server;
 mod process;
+mod images;
 
 use std::process::Command;
 
@@ -31,6 +32,8 @@ enum What {
     Cpu,
     /// Disks and network cards from inside a guest, beside QEMU's
     Devices(devices::Options),
+    /// Conversions and the other verbs beside qemu-img, the NBD server beside qemu-nbd and nbdkit
+    Images,
 }
 
 /// Bytes of memory that every measured guest has (`1G`).
@@ -50,6 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         What::Boot => boot::run(options.runs),
         What::Cpu => cpu::run(options.runs),
         What::Devices(these) => devices::run(these, options.runs),
+        What::Images => images::run(options.runs),
     }
 }
 
