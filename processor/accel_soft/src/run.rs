@@ -246,12 +246,16 @@ impl Engine {
         let counts = &mut translator.statistics;
         match why & 0xff {
             exit::FAULT => counts.faults += 1,
-            exit::LINK => counts.links += 1,
+            exit::LINK | exit::FAR_LINK => counts.links += 1,
             _ => counts.others += 1,
         }
         match why & 0xff {
             exit::FAULT => self.deliver().map_continue(|()| std::ptr::null()),
             exit::LINK => ControlFlow::Continue(self.link_code(why >> 8)),
+            exit::FAR_LINK => {
+                translator.patch_far(&self.cpu, why >> 8);
+                ControlFlow::Continue(std::ptr::null())
+            }
             _ => ControlFlow::Continue(std::ptr::null()),
         }
     }
@@ -929,22 +933,17 @@ mod tests {
         assert!(left[0] > 0 && left[2] < 300, "{left:?}");
     }
 
-    /// A program that adds to two pages by turns through one register, and then spins.
-    #[test]
-    fn an_operand_that_goes_from_page_to_page_is_compiled_anew() {
-        const ROUNDS: u32 = 200_000;
-        let [a, b, c, _] = ROUNDS.to_le_bytes();
-        // 0: mov ecx, ROUNDS; 5: mov ebx, 20000h; 10: add [rbx], rcx; 13: xor ebx, 1000h; 19: inc qword [rbx+8];
-        // 23: dec ecx; 25: jnz 10; 27: jmp 27.
-        let code = [
-            0xb9, a, b, c, 0, 0xbb, 0, 0, 2, 0, 0x48, 0x01, 0x0b, 0x81, 0xf3, 0, 0x10, 0, 0, 0x48,
-            0xff, 0x43, 8, 0xff, 0xc9, 0x75, 0xef, 0xeb, 0xfe,
-        ];
-        let mut engine = engine(64, &code);
+    /// An engine that runs a program with user privilege.
+    fn user_engine(code: &[u8]) -> super::Engine {
+        let mut engine = engine(64, code);
         engine.cpu.cpl = 3;
         engine.cpu.update_mode();
         assert!(engine.cpu.mode.contains(Mode::USER));
-        let end = engine.cpu.rip + 27;
+        engine
+    }
+
+    /// Runs a program until it spins at `end`.
+    fn run_to(engine: &mut super::Engine, end: u64) {
         let shared = engine.cpu.shared.clone();
         let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         let over = done.clone();
@@ -961,6 +960,51 @@ mod tests {
         }
         done.store(true, std::sync::atomic::Ordering::SeqCst);
         kicker.join().unwrap();
+        assert_eq!(engine.cpu.rip, end);
+    }
+
+    /// A program that calls a function in another page, under one key after another, until all keys are taken.
+    #[test]
+    fn calls_to_another_page_go_where_their_key_says() {
+        const ROUNDS: u32 = 3000;
+        let [a, b, c, _] = ROUNDS.to_le_bytes();
+        // 0: mov ecx, ROUNDS; 5: call 1000h; 10: dec ecx; jnz 5; 14: jmp 14. 1000h: inc ebx; ret.
+        let mut code = vec![0xb9, a, b, c, 0, 0xe8, 0xf6, 0x0f, 0, 0];
+        code.extend([0xff, 0xc9, 0x75, 0xf7, 0xeb, 0xfe]);
+        code.resize(0x1000, 0x90);
+        code.extend([0xff, 0xc3, 0xc3]);
+        let mut engine = user_engine(&code);
+        let start = engine.cpu.rip;
+        for round in 1..=4 {
+            engine.cpu.rip = start;
+            run_to(&mut engine, start + 14);
+            assert_eq!(engine.cpu.regs[3], round * u64::from(ROUNDS));
+            let translator = engine.translator.as_mut().unwrap();
+            if round == 1 {
+                assert!(translator.is_linked_far());
+            }
+            if round == 2 {
+                translator.take_all_keys();
+            } else {
+                engine.cpu.tlb.flush_all();
+            }
+        }
+    }
+
+    /// A program that adds to two pages by turns through one register, and then spins.
+    #[test]
+    fn an_operand_that_goes_from_page_to_page_is_compiled_anew() {
+        const ROUNDS: u32 = 200_000;
+        let [a, b, c, _] = ROUNDS.to_le_bytes();
+        // 0: mov ecx, ROUNDS; 5: mov ebx, 20000h; 10: add [rbx], rcx; 13: xor ebx, 1000h; 19: inc qword [rbx+8];
+        // 23: dec ecx; 25: jnz 10; 27: jmp 27.
+        let code = [
+            0xb9, a, b, c, 0, 0xbb, 0, 0, 2, 0, 0x48, 0x01, 0x0b, 0x81, 0xf3, 0, 0x10, 0, 0, 0x48,
+            0xff, 0x43, 8, 0xff, 0xc9, 0x75, 0xef, 0xeb, 0xfe,
+        ];
+        let mut engine = user_engine(&code);
+        let end = engine.cpu.rip + 27;
+        run_to(&mut engine, end);
         let word = |at: u64| {
             let mut bytes = [0; 8];
             engine.cpu.machine.memory.read(at, &mut bytes).unwrap();

@@ -293,8 +293,13 @@ impl Compiler<'_> {
                 // Two jumps forward may go round 4 GiB.
                 self.look_at_events(None);
             }
-            let exit = self.stubs.exit;
-            lookup(self.asm, self.has_rorx, |asm| asm.jmp(exit));
+            if self.mode.contains(Mode::USER) {
+                self.go_far();
+            } else {
+                // A kernel's code runs under the keys of all programs.
+                let exit = self.stubs.exit;
+                lookup(self.asm, self.has_rorx, |asm| asm.jmp(exit));
+            }
         }
     }
 

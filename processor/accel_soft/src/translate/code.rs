@@ -8,6 +8,7 @@ use iced_x86::{Instruction, InstructionInfoFactory, OpKind, Register};
 
 use super::cold::{Cold, Target};
 use super::emit::{Asm, Label, Opcode, R14, R15, RAX, RCX, Reg, Rm, cc, hot, mem, op, op64};
+use super::far::FarLink;
 use super::held::{Access, Held};
 use super::hot::at;
 use super::liveness::Successors;
@@ -92,6 +93,10 @@ pub(crate) struct Compiler<'a> {
     pub(crate) links: Vec<(usize, i32)>,
     /// Number of the first of them.
     pub(crate) first_link: u32,
+    /// Jumps to other pages, their places in the code so far.
+    pub(crate) far_links: Vec<FarLink>,
+    /// Number of the first of them.
+    pub(crate) first_far_link: u32,
 }
 
 /// The instruction at hand.

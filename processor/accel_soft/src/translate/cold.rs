@@ -1,7 +1,7 @@
 //! What goes out of line: the unusual ends of what a block does, behind its code.
 
 use super::code::{Compiler, Kept};
-use super::emit::{Label, R14, R15, RCX, cc, hot, mem};
+use super::emit::{Label, R14, R15, RCX, cc, hot, mem, op};
 use super::hot::{OpPlace, at};
 use super::registers::STACK;
 use crate::mmu::way;
@@ -25,6 +25,8 @@ pub(crate) enum Cold {
     },
     /// The way to a place that may not be translated yet.
     Link { from: Label, link: u32 },
+    /// A jump to another page that may not be linked yet.
+    FarLink { from: Label, link: u32 },
     /// The address is in another page than the last time.
     OtherPage {
         from: Label,
@@ -97,6 +99,12 @@ impl Compiler<'_> {
                     self.asm.bind(from);
                     self.asm.mov_u32(R15, link);
                     self.asm.jmp(self.stubs.link);
+                }
+                Cold::FarLink { from, link } => {
+                    self.asm.bind(from);
+                    self.asm.ins(op(0xc7), 0, hot(at::SAVED_ENTRY));
+                    self.asm.i32(link as i32);
+                    self.asm.jmp(self.stubs.lookup_to_link);
                 }
                 Cold::OtherPage {
                     from,

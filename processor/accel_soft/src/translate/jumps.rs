@@ -9,6 +9,8 @@ use std::collections::HashMap;
 
 /// Entries.
 const ENTRIES: usize = 1 << 16;
+/// Keys that there can be: even numbers of 16 bits that are not zero.
+const MOST_KEYS: usize = 0x7ffe;
 /// Keys that are found without a search.
 const RECENT: usize = 16;
 
@@ -44,39 +46,50 @@ impl Jumps {
         self.entries.as_ptr()
     }
 
-    /// The key of a mode and of a version of the translations.
-    pub(crate) fn key(&mut self, of: (u16, u64)) -> u64 {
+    /// The key of a mode and of a version of the translations; `None` when all are taken.
+    pub(crate) fn key(&mut self, of: (u16, u64)) -> Option<u64> {
         let recent = (u64::from(of.0) ^ of.1) as usize % RECENT;
         if self.recent[recent].0 == of && self.recent[recent].1 != 0 {
-            return self.recent[recent].1;
+            return Some(self.recent[recent].1);
         }
-        let key = self.find_key(of);
+        let key = self.find_key(of)?;
         self.recent[recent] = (of, key);
-        key
+        Some(key)
     }
 
-    fn find_key(&mut self, of: (u16, u64)) -> u64 {
+    fn find_key(&mut self, of: (u16, u64)) -> Option<u64> {
         if let Some(key) = self.keys.get(&of) {
-            return *key;
+            return Some(*key);
         }
-        if self.keys.len() == 0x7ffe {
-            self.clear();
+        if self.keys.len() == MOST_KEYS {
+            return None;
         }
         let number = 2 * (self.keys.len() as u64 + 1);
         let key = number << 48 | number.wrapping_mul(0x9e37) & 0xffff;
         self.keys.insert(of, key);
-        key
+        Some(key)
     }
 
-    /// Enters code.
-    pub(crate) fn enter(&mut self, rip: u64, key: u64, code: u64) {
-        let sum = rip.wrapping_add(key);
+    fn place(&self, sum: u64) -> usize {
         let mixed = if self.mixes {
             sum.wrapping_add(sum.rotate_right(16))
         } else {
             sum
         };
-        let at = mixed as usize & (ENTRIES - 1);
+        mixed as usize & (ENTRIES - 1)
+    }
+
+    /// The code at an address.
+    pub(crate) fn find(&self, rip: u64, key: u64) -> Option<u64> {
+        let sum = rip.wrapping_add(key);
+        let [tag, code] = self.entries[self.place(sum)];
+        (tag == sum.wrapping_neg()).then_some(code)
+    }
+
+    /// Enters code.
+    pub(crate) fn enter(&mut self, rip: u64, key: u64, code: u64) {
+        let sum = rip.wrapping_add(key);
+        let at = self.place(sum);
         self.entries[at] = [sum.wrapping_neg(), code];
     }
 

@@ -11,7 +11,7 @@
 //! | `registers`, `hot`, `home` | where the guest's state is |
 //! | `fpu` | the x87 unit in the host's |
 //! | `stubs`, `runtime` | the ways between translated code and Rust |
-//! | `jumps` | the table of indirect jumps |
+//! | `jumps`, `far` | the table of indirect jumps; direct jumps to other pages |
 //!
 //! A block is compiled when it has run some times. Whatever has no template calls the interpreter for that one operation, so
 //! that the interpreter stays the reference and the only home of what is rare.
@@ -22,6 +22,7 @@ mod cold;
 mod divide;
 mod emit;
 mod encoding;
+mod far;
 mod flags;
 mod fpu;
 mod held;
@@ -53,6 +54,7 @@ use crate::cpu::{Cpu, Mode, Op};
 use code::{At, Compiler, Link};
 use emit::Asm;
 use encoding::Encoding;
+use far::FarLink;
 use liveness::Successors;
 use memory::CodeMemory;
 use stubs::Stubs;
@@ -127,6 +129,7 @@ pub(crate) struct Translator {
     asm: Asm,
     stubs: Stubs,
     links: Vec<Link>,
+    far_links: Vec<FarLink>,
     jumps: jumps::Jumps,
     pages: HashMap<usize, Page>,
     /// Entries of stale code, by what it was compiled of.
@@ -163,6 +166,7 @@ impl Translator {
             stubs,
             // These take memory only as they fill, and never need to move.
             links: Vec::with_capacity(size / CODE_OF_LINK),
+            far_links: Vec::with_capacity(size / CODE_OF_LINK),
             jumps: jumps::Jumps::new(),
             pages: HashMap::new(),
             dead: HashMap::new(),
@@ -185,6 +189,7 @@ impl Translator {
         self.statistics.flushes += 1;
         self.memory.truncate(self.common);
         self.links.clear();
+        self.far_links.clear();
         self.jumps.clear();
         self.pages.clear();
         self.dead.clear();
@@ -196,7 +201,7 @@ impl Translator {
         let of = (cpu.mode.bits(), cpu.tlb.version);
         if cpu.gate.key_of != of || cpu.hot.key == 0 {
             cpu.gate.key_of = of;
-            cpu.hot.key = self.jumps.key(of);
+            cpu.hot.key = self.key(of);
         }
         cpu.hot.jumps = self.jumps.as_ptr();
         cpu.gate.jumps = &raw mut self.jumps;
@@ -224,10 +229,29 @@ impl Translator {
         self.memory.patch_jump(place, near);
     }
 
+    /// Makes a jump to another page lead to the code that it has found there: at `Cpu::rip`.
+    pub(crate) fn patch_far(&mut self, cpu: &Cpu, link: u32) {
+        let lookup = self.stubs.lookup;
+        let link = self.far_links[link as usize];
+        link.link(&mut self.memory, &self.jumps, cpu.rip, cpu.hot.key, lookup);
+    }
+
+    /// The key of a mode and of a version of the translations.
+    fn key(&mut self, of: (u16, u64)) -> u64 {
+        if let Some(key) = self.jumps.key(of) {
+            return key;
+        }
+        // All numbers are taken: none means anything any more.
+        self.jumps.clear();
+        let memory = &mut self.memory;
+        self.far_links.iter().for_each(|link| link.unlink(memory));
+        self.jumps.key(of).expect("a number in an empty table")
+    }
+
     /// Lets indirect jumps to `rip` find the code.
     pub(crate) fn enter(&mut self, cpu: &mut Cpu, rip: u64, far: u64) {
         let of = (cpu.mode.bits(), cpu.tlb.version);
-        let key = self.jumps.key(of);
+        let key = self.key(of);
         // The table may have been emptied, and keys given out anew.
         (cpu.gate.key_of, cpu.hot.key) = (of, key);
         self.jumps.enter(rip, key, far);
@@ -389,9 +413,12 @@ impl Translator {
             cold: Vec::new(),
             links: Vec::new(),
             first_link: self.links.len() as u32,
+            far_links: Vec::new(),
+            first_far_link: self.far_links.len() as u32,
         };
         let entries = c.block(this);
         let links = std::mem::take(&mut c.links);
+        let far_links = std::mem::take(&mut c.far_links);
         drop(c);
         self.asm.finish();
         if self.asm.len() > MOST_CODE / 2 {
@@ -404,6 +431,8 @@ impl Translator {
                 place: (offset + at as u64) as u32,
                 target,
             }));
+        self.far_links
+            .extend(far_links.into_iter().map(|link| link.moved(offset)));
         self.statistics.blocks += 1;
         self.statistics.guest_bytes += bytes.len() as u64;
         self.statistics.code_bytes += self.asm.len() as u64;
@@ -441,6 +470,25 @@ impl Translator {
         let number = (place as usize - self.places.as_ptr() as usize) / size_of::<OpPlace>();
         let place = self.places.get_mut(number)?;
         (!std::mem::replace(&mut place.scattered, true)).then_some(number)
+    }
+
+    /// True when a jump to another page is linked.
+    #[cfg(test)]
+    pub(crate) fn is_linked_far(&self) -> bool {
+        self.far_links
+            .iter()
+            .any(|link| link.is_linked(&self.memory))
+    }
+
+    /// Gives keys out until the next one is the first again; no jump is linked then.
+    #[cfg(test)]
+    pub(crate) fn take_all_keys(&mut self) {
+        for version in 1 << 40.. {
+            self.key((0, version));
+            if !self.is_linked_far() {
+                break;
+            }
+        }
     }
 
     /// True when there is such an operation.

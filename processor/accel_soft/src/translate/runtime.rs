@@ -12,6 +12,8 @@ pub(crate) mod exit {
     pub(crate) const FAULT: u32 = 2;
     /// A direct jump leads to a place that is not linked yet.
     pub(crate) const LINK: u32 = 3;
+    /// A direct jump to another page has found code at `Cpu::rip`, which it can be linked to.
+    pub(crate) const FAR_LINK: u32 = 4;
 }
 
 /// Ends a copied operation: the instruction is done and nothing has happened.
@@ -132,9 +134,11 @@ pub(crate) unsafe extern "sysv64" fn run_last(cpu: *mut Cpu, index: u32) -> u32 
         if !super::is_for(cpu.mode) {
             return exit::NEXT;
         }
-        cpu.gate.key_of = of;
         // SAFETY: set by who entered translated code, which waits for its end.
-        cpu.hot.key = unsafe { (*cpu.gate.jumps).key(of) };
+        let Some(key) = (unsafe { (*cpu.gate.jumps).key(of) }) else {
+            return exit::NEXT;
+        };
+        (cpu.gate.key_of, cpu.hot.key) = (of, key);
     }
     0
 }

@@ -37,9 +37,11 @@ pub(crate) struct Stubs {
     pub(crate) wrote: u64,
     /// Goes on at the address in R14.
     pub(crate) lookup: u64,
+    /// As `lookup`, but leaves where there is code: the far link whose number was kept can lead there.
+    pub(crate) lookup_to_link: u64,
 }
 
-const fn np(byte: u8) -> Opcode {
+pub(super) const fn np(byte: u8) -> Opcode {
     Opcode { map: 1, ..op(byte) }
 }
 
@@ -148,13 +150,14 @@ impl Builder<'_> {
         self.leave();
     }
 
-    fn link(&mut self) {
+    /// Leaves with the number of a link in R15.
+    fn link(&mut self, code: u32) {
         self.save(0);
         self.asm.ins(op(0x8b), RAX, Rm::Reg(R15));
         self.asm.ins(op(0xc1), 4, Rm::Reg(RAX));
         self.asm.u8(8);
         self.asm.ins(op(0x83), 1, Rm::Reg(RAX));
-        self.asm.u8(exit::LINK as u8);
+        self.asm.u8(code as u8);
         self.leave();
     }
 
@@ -274,6 +277,12 @@ pub(crate) fn has_rorx() -> bool {
 
 /// Goes to the translated code of the address in R14, or, when there is none, to `miss` with `Cpu::rip` set. Flags are kept.
 pub(crate) fn lookup(asm: &mut Asm, has_rorx: bool, miss: impl FnOnce(&mut Asm)) {
+    find_code(asm, has_rorx, miss);
+    asm.ins(op(0xff), 4, mem(R15, super::jumps::CODE));
+}
+
+/// As [`lookup`], but goes on here, with R15 at the entry and the address in R14.
+fn find_code(asm: &mut Asm, has_rorx: bool, miss: impl FnOnce(&mut Asm)) {
     asm.store(hot(at::SAVED_ADDRESS), R14);
     asm.store(hot(at::SAVED_REGISTER), RCX);
     asm.load(RCX, hot(at::KEY));
@@ -301,7 +310,6 @@ pub(crate) fn lookup(asm: &mut Asm, has_rorx: bool, miss: impl FnOnce(&mut Asm))
     asm.bytes[from - 1] = u8::try_from(distance).expect("a short way out");
     asm.load(RCX, hot(at::SAVED_REGISTER));
     asm.load(R14, hot(at::SAVED_ADDRESS));
-    asm.ins(op(0xff), 4, mem(R15, super::jumps::CODE));
 }
 
 /// Puts the common code at the start of the cache.
@@ -318,6 +326,7 @@ pub(crate) fn build(asm: &mut Asm, memory: &mut CodeMemory) -> Stubs {
         run_last: 0,
         wrote: 0,
         lookup: 0,
+        lookup_to_link: 0,
     };
     let mut piece = |emit: &dyn Fn(&mut Builder)| {
         let start = memory.next();
@@ -329,13 +338,19 @@ pub(crate) fn build(asm: &mut Asm, memory: &mut CodeMemory) -> Stubs {
     };
     stubs.enter = piece(&|b| b.enter());
     stubs.exit = piece(&|b| b.exit_with(exit::NEXT));
-    stubs.link = piece(&|b| b.link());
+    stubs.link = piece(&|b| b.link(exit::LINK));
     stubs.run_op = piece(&|b| b.call_and_go_on(runtime::run_op as *const () as usize));
     stubs.load_x87 = piece(&|b| b.call_and_go_on(fpu::load as *const () as usize));
     for (number, find) in stubs.find.iter_mut().enumerate() {
         *find = [READ, WRITE].map(|right| piece(&|b| b.find(at::recent(number), right)));
     }
     let exit = stubs.exit;
+    stubs.lookup_to_link = piece(&|b| {
+        find_code(b.asm, has_rorx, |asm| asm.jmp(exit));
+        b.asm.store(hot(at::RIP), R14);
+        b.asm.ins(op(0x8b), R15, hot(at::SAVED_ENTRY));
+        b.link(exit::FAR_LINK);
+    });
     stubs.lookup = piece(&|b| lookup(b.asm, has_rorx, |asm| asm.jmp(exit)));
     let lookup = stubs.lookup;
     stubs.run_last = piece(&|b| b.run_last(lookup));
