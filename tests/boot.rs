@@ -86,6 +86,47 @@ fn four_vcpus_come_up_and_work() {
     }
 }
 
+/// A 64-bit ELF file with this code at 1 MiB.
+fn elf_of(code: &[u8]) -> Vec<u8> {
+    const START: u64 = 0x10_0000;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    for word in [START, 64, 0] {
+        file.extend(word.to_le_bytes());
+    }
+    for half in [0u16, 0, 64, 56, 1, 0, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    file.extend(0x5_0000_0001u64.to_le_bytes()); // PT_LOAD, readable and executable
+    let size = code.len() as u64;
+    for word in [120, START, START, size, size, 0x1000] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(code);
+    file
+}
+
+#[test]
+fn the_debug_console_takes_what_is_written_to_its_port() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kernel, log) = (dir.path().join("kernel"), dir.path().join("debug"));
+    // mov dx, 402h; in al, dx; out dx, al; mov al, 'x'; out dx, al; mov dx, CF9h; mov al, 0Eh; out dx, al; hlt
+    let code = [
+        0x66, 0xba, 0x02, 0x04, 0xec, 0xee, 0xb0, b'x', 0xee, 0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x0e,
+        0xee, 0xf4,
+    ];
+    std::fs::write(&kernel, elf_of(&code)).unwrap();
+    let Some(mut run) = machine::corten() else {
+        println!("skipped: the_debug_console_takes_what_is_written_to_its_port: no binary");
+        return;
+    };
+    run.args(["run", "--accel", "soft", "--memory", "16M", "--no-reboot"]);
+    run.args(["--serial", "none", "--kernel"]).arg(&kernel);
+    run.arg("--debugcon").arg(format!("file:{}", log.display()));
+    let (status, text) = Machine::start(&mut run).wait();
+    assert!(status.success(), "{text}");
+    assert_eq!(std::fs::read(&log).unwrap(), b"\xe9x", "{text}");
+}
+
 /// Serves one page on loopback; returns the port.
 fn serve(page: String) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

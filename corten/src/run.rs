@@ -73,6 +73,9 @@ pub(crate) struct RunArguments {
     /// Virtio console hvc0 and on, with the values of --serial; may be given several times
     #[arg(long, value_name = "CHARDEV")]
     console: Vec<String>,
+    /// Debug console at port 402h, where firmware writes messages, with the values of --serial
+    #[arg(long, value_name = "CHARDEV")]
+    debugcon: Option<String>,
     /// A virtio entropy source
     #[arg(long)]
     rng: bool,
@@ -166,6 +169,9 @@ impl RunArguments {
         for text in &self.console {
             spec.consoles.extend(CharSpec::parse("--console", text)?);
         }
+        if let Some(text) = &self.debugcon {
+            spec.debug_console = CharSpec::parse("--debugcon", text)?;
+        }
         if self.serial.is_empty() && self.console.is_empty() {
             spec.serials.push(CharSpec::Stdio);
         }
@@ -175,7 +181,11 @@ impl RunArguments {
                 "a machine has four serial ports",
             ));
         }
-        let terminals = spec.serials.iter().chain(&spec.consoles);
+        let terminals = spec
+            .serials
+            .iter()
+            .chain(&spec.consoles)
+            .chain(&spec.debug_console);
         if terminals.filter(|c| **c == CharSpec::Stdio).count() > 1 {
             return Err(OptionError::new("--serial", "stdio can be given only once"));
         }

@@ -295,6 +295,9 @@ impl I8042 {
 
     fn write_output_port(&self, state: &mut State, value: u8) {
         state.output_port = value;
+        // There is one A20 gate; whoever wrote last has set it, and both ports show it.
+        let gate = if value & OUT_A20 != 0 { PORT_92_A20 } else { 0 };
+        state.port_92 = state.port_92 & !PORT_92_A20 | gate;
         if value & OUT_NO_RESET == 0 {
             self.request_reset(ResetCause::KeyboardController);
         }
@@ -303,6 +306,8 @@ impl I8042 {
     fn write_port_92(&self, state: &mut State, value: u8) {
         let rises = value & !state.port_92 & PORT_92_RESET != 0;
         state.port_92 = value & (PORT_92_A20 | PORT_92_RESET);
+        let gate = if value & PORT_92_A20 != 0 { OUT_A20 } else { 0 };
+        state.output_port = state.output_port & !OUT_A20 | gate;
         if rises {
             self.request_reset(ResetCause::FastA20);
         }
@@ -471,6 +476,24 @@ mod tests {
                 PowerEvent::Reset(ResetCause::FastA20),
             ]
         );
+    }
+
+    #[test]
+    fn both_ports_show_the_one_a20_gate() {
+        let b = bench();
+        let output_port = || {
+            b.put(COMMAND, 0xd0);
+            b.get(DATA) & OUT_A20
+        };
+        assert_eq!((output_port(), b.get(PORT_92)), (OUT_A20, PORT_92_A20));
+        b.put(PORT_92, 0);
+        assert_eq!((output_port(), b.get(PORT_92)), (0, 0));
+        b.put(COMMAND, 0xdf);
+        assert_eq!((output_port(), b.get(PORT_92)), (OUT_A20, PORT_92_A20));
+        b.put(COMMAND, 0xd1);
+        b.put(DATA, OUT_NO_RESET);
+        assert_eq!((output_port(), b.get(PORT_92)), (0, 0));
+        assert!(b.power.requests.lock().is_empty());
     }
 
     #[test]

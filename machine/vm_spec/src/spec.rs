@@ -95,6 +95,9 @@ pub struct VmSpec {
     pub serials: Vec<CharSpec>,
     /// Virtio consoles hvc0 and on.
     pub consoles: Vec<CharSpec>,
+    /// Where messages to the debug console's port, 402h, go; without one the port is not there.
+    #[serde(default)]
+    pub debug_console: Option<CharSpec>,
     /// A virtio entropy source.
     pub rng: bool,
     /// A memory balloon.
@@ -127,6 +130,7 @@ impl VmSpec {
             nets: Vec::new(),
             serials: Vec::new(),
             consoles: Vec::new(),
+            debug_console: None,
             rng: false,
             balloon: None,
             vsock: None,

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chipset::serial::PC_PORTS;
-use chipset::{CmosConfig, DmaPages, InterruptPins, IoApic, Pic, Pit, PvPanic, Rtc, Serial};
+use chipset::{
+    CmosConfig, DebugConsole, DmaPages, InterruptPins, IoApic, Pic, Pit, PvPanic, Rtc, Serial,
+};
 use device_model::{CharBackend, Device, IoBus, IoRegion, IrqPin, IrqSink, MsiSink, ResetKind};
 
 use super::Base;
@@ -48,6 +50,8 @@ pub(crate) struct Core {
     interrupts: Arc<Interrupts>,
     /// What stands behind the serial ports.
     serials: Vec<Arc<dyn CharBackend>>,
+    /// What stands behind the debug console's port.
+    debug_console: Option<Arc<dyn CharBackend>>,
     /// Everything that a reset resets before the interrupt controllers.
     pub(super) devices: Vec<Arc<dyn Device>>,
     /// What keeps registers in place.
@@ -89,6 +93,7 @@ impl Core {
             rtc,
             interrupts: Arc::new(Interrupts { pic, ioapic }),
             serials: Vec::new(),
+            debug_console: None,
             regions,
         })
     }
@@ -109,6 +114,18 @@ impl Core {
         Ok(())
     }
 
+    /// Adds the debug console's port, 402h.
+    pub(super) fn add_debug_console(
+        &mut self,
+        backend: Arc<dyn CharBackend>,
+    ) -> Result<(), MachineError> {
+        let console = DebugConsole::new(backend.clone());
+        self.regions.push(console.attach(&self.ports)?);
+        self.devices.push(console);
+        self.debug_console = Some(backend);
+        Ok(())
+    }
+
     /// Numbers of the serial ports that there are, from 1.
     pub(super) fn serial_ports(&self) -> Vec<u8> {
         (1..=self.serials.len() as u8).collect()
@@ -125,9 +142,9 @@ impl Core {
         self.interrupts.ioapic.reset(kind);
     }
 
-    /// Waits, at most for a while, until serial output has reached the host.
+    /// Waits, at most for a while, until the output of serial ports and debug console has reached the host.
     pub(super) fn drain(&self, at_most: Duration) {
-        for backend in &self.serials {
+        for backend in self.serials.iter().chain(&self.debug_console) {
             backend.drain(at_most);
         }
     }

@@ -77,6 +77,11 @@ pub(crate) trait Board {
         self.core_mut().add_serial(backend)
     }
 
+    /// Adds the debug console's port.
+    fn add_debug_console(&mut self, backend: Arc<dyn CharBackend>) -> Result<(), MachineError> {
+        self.core_mut().add_debug_console(backend)
+    }
+
     /// Numbers of the serial ports that there are, from 1.
     fn serial_ports(&self) -> Vec<u8> {
         self.core().serial_ports()

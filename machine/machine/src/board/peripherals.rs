@@ -46,6 +46,10 @@ impl Peripherals<'_> {
             let backend = chars::open("--serial", serial, self.lifecycle)?;
             self.board.add_serial(backend)?;
         }
+        if let Some(console) = &spec.debug_console {
+            let backend = chars::open("--debugcon", console, self.lifecycle)?;
+            self.board.add_debug_console(backend)?;
+        }
         for (number, disk) in spec.disks.iter().enumerate() {
             let device = disks::virtio_disk(disk, number, spec.cpus)?;
             self.board
