@@ -429,6 +429,19 @@ fn qmp_stops_continues_and_quits() {
     assert!(status.success());
 }
 
+/// As many vCPUs as a machine may have: APIC IDs above 254 need x2APICs, and tables that name them.
+#[test]
+fn two_hundred_and_eighty_eight_vcpus_come_up() {
+    let script = "echo CPUS=$(nproc);grep 'apicid.*: 287' /proc/cpuinfo;dmesg -r|grep '^<[0-3]>'|sed s/^/WARNING:/";
+    let Some(mut run) = guest("two_hundred_and_eighty_eight_vcpus_come_up", script) else {
+        return;
+    };
+    let text = run_to_end(run.args(["--cpus", "288"]));
+    assert!(text.contains("CPUS=288"), "{text}");
+    assert!(text.contains(": 287"), "{text}");
+    assert!(!text.lines().any(|l| l.starts_with("WARNING:")), "{text}");
+}
+
 /// A client of QMP.
 struct Qmp {
     stream: BufReader<UnixStream>,
