@@ -141,6 +141,11 @@ impl Lifecycle {
         handles.map(|handle| handle.statistics()).collect()
     }
 
+    /// Time that the guest has had.
+    pub(crate) fn elapsed(&self) -> std::time::Duration {
+        std::time::Duration::from_nanos(self.clock.now())
+    }
+
     fn handles(&self) -> &[Arc<dyn VcpuHandle>] {
         self.handles.get().map_or(&[], Vec::as_slice)
     }
