@@ -470,6 +470,80 @@ fn qmp_stops_continues_and_quits() {
     assert!(status.success());
 }
 
+/// A guest is counted while it works and while it stands.
+#[test]
+fn qmp_tells_what_the_vcpus_have_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    let script = "while :;do :;done";
+    let Some(mut run) = guest("qmp_tells_what_the_vcpus_have_done", script) else {
+        return;
+    };
+    run.args(["--cpus", "3"]);
+    run.arg("--qmp").arg(format!("unix:{}", socket.display()));
+    let mut machine = Machine::start(&mut run);
+    machine.expect("GUEST-USER-SPACE");
+    let mut qmp = Qmp::connect(&socket);
+    let mut ask = |target: &str| {
+        let arguments = serde_json::json!({ "target": target });
+        let request = serde_json::json!({ "execute": "query-stats", "arguments": arguments });
+        qmp.say(&request.to_string())["return"].clone()
+    };
+    let get = |one: &serde_json::Value, name: &str| {
+        let stats = one["stats"].as_array().expect("figures");
+        let found = stats.iter().find(|s| s["name"] == name);
+        found.and_then(|s| s["value"].as_u64()).expect("a number")
+    };
+    let vcpus = ask("vcpu");
+    assert_eq!(vcpus.as_array().unwrap().len(), 3);
+    assert_eq!(vcpus[1]["qom-path"], "/machine/cpu[1]");
+    let first = ask("vm");
+    // The bounds are of what any boot does.
+    for (name, least) in [
+        ("instructions", 10_000_000),
+        ("page-walks", 1000),
+        ("device-accesses", 1000),
+        ("device-time", 1000),
+        ("running-time", 1_000_000),
+        ("interrupts", 10),
+        ("translated-blocks", 1000),
+        ("translation-time", 1000),
+        ("code-cache-used", 10_000),
+        ("exits-unlinked", 100),
+        ("exits-fault", 1),
+    ] {
+        assert!(get(&first[0], name) >= least, "{name}: {first}");
+    }
+    assert_eq!(get(&first[0], "code-cache-size") / 3 >> 20, 64);
+    // A vCPU that never comes out of the guest's code by itself is asked too.
+    let mut more = ask("vm");
+    for _ in 0..1000 {
+        if get(&more[0], "instructions") > get(&first[0], "instructions") {
+            break;
+        }
+        more = ask("vm");
+    }
+    assert!(get(&more[0], "instructions") > get(&first[0], "instructions"));
+    assert!(qmp.say(r#"{"execute":"stop"}"#)["return"].is_object());
+    let mut still = || qmp.say(r#"{"execute":"query-stats","arguments":{"target":"vm"}}"#);
+    assert_eq!(still(), still());
+    assert!(qmp.say(r#"{"execute":"quit"}"#)["return"].is_object());
+    assert!(machine.wait().0.success());
+}
+
+/// As many vCPUs as a machine may have: APIC IDs above 254 need x2APICs, and tables that name them.
+#[test]
+fn two_hundred_and_eighty_eight_vcpus_come_up() {
+    let script = "echo CPUS=$(nproc);grep 'apicid.*: 287' /proc/cpuinfo;dmesg -r|grep '^<[0-3]>'|sed s/^/WARNING:/";
+    let Some(mut run) = guest("two_hundred_and_eighty_eight_vcpus_come_up", script) else {
+        return;
+    };
+    let text = run_to_end(run.args(["--cpus", "288"]));
+    assert!(text.contains("CPUS=288"), "{text}");
+    assert!(text.contains(": 287"), "{text}");
+    assert!(!text.lines().any(|l| l.starts_with("WARNING:")), "{text}");
+}
+
 /// A client of QMP.
 struct Qmp {
     stream: BufReader<UnixStream>,

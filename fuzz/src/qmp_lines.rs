@@ -5,12 +5,21 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use qmp::{Control, RunState, Server};
+use qmp::{Control, Meaning, RunState, Server, Statistics};
 
 /// A machine that takes every command.
 struct Machine;
 
 impl Control for Machine {
+    fn statistics(&self) -> Statistics {
+        Statistics {
+            vm: vec![("instructions", 1)],
+            vcpus: vec![vec![("instructions", 1)]],
+        }
+    }
+    fn statistics_names(&self) -> &'static [(&'static str, Meaning)] {
+        &[("instructions", Meaning::Count)]
+    }
     fn status(&self) -> RunState {
         RunState::Running
     }

@@ -40,6 +40,9 @@ pub(crate) enum Request {
     Terminate,
 }
 
+/// APIC IDs that are there without x2APIC; the last of eight bits is the broadcast.
+const XAPIC_IDS: usize = 255;
+
 /// What the vCPUs are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wanted {
@@ -136,6 +139,11 @@ impl Lifecycle {
     pub(crate) fn statistics(&self) -> Vec<VcpuStatistics> {
         let handles = self.handles().iter();
         handles.map(|handle| handle.statistics()).collect()
+    }
+
+    /// Time that the guest has had.
+    pub(crate) fn elapsed(&self) -> std::time::Duration {
+        std::time::Duration::from_nanos(self.clock.now())
     }
 
     fn handles(&self) -> &[Arc<dyn VcpuHandle>] {
@@ -263,6 +271,10 @@ impl Thread {
             };
             let mut state = self.vcpu.state()?;
             crate::loader::set_memory_types(&mut state);
+            if self.shared.handles().len() > XAPIC_IDS {
+                // vCPUs have their numbers as IDs.
+                crate::loader::enable_x2apic(&mut state, self.number as u32);
+            }
             if self.number == 0 {
                 crate::loader::prepare(&mut state, entry);
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use accel::{Accel, CpuIo, Vcpu, VcpuConfig, VmConfig};
 use device_model::{PowerEvent, ResetKind};
@@ -298,7 +298,6 @@ impl Machine {
             self.lifecycle.run();
         }
         kernel.keep();
-        let started = Instant::now();
         let result = self.serve(qmp.as_ref());
         self.lifecycle.end();
         for thread in self.threads.drain(..) {
@@ -306,7 +305,7 @@ impl Machine {
         }
         self.board.drain(DRAIN);
         if options.statistics {
-            let lines = statistics::report(&self.lifecycle.statistics(), started.elapsed());
+            let lines = statistics::report(&self.lifecycle.statistics(), self.lifecycle.elapsed());
             lines.iter().for_each(|line| eprintln!("corten: {line}"));
         }
         result
@@ -521,5 +520,13 @@ impl Control for QmpControl {
             card.set_link(up);
         }
         card.is_some()
+    }
+
+    fn statistics(&self) -> qmp::Statistics {
+        statistics::query(&self.lifecycle.statistics(), self.lifecycle.elapsed())
+    }
+
+    fn statistics_names(&self) -> &'static [(&'static str, qmp::Meaning)] {
+        statistics::names()
     }
 }

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value, json};
 
+use crate::statistics::{self, Meaning, Statistics};
+
 /// QEMU's names of run states (`qapi/run-state.json`) that the machine can be in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunState {
@@ -52,6 +54,11 @@ pub trait Control: Send + Sync {
     fn query_balloon(&self) -> Option<u64>;
     /// Plugs the cable of the card of this name in or pulls it. False when there is none.
     fn set_link(&self, name: &str, up: bool) -> bool;
+    /// What the machine and its vCPUs have done so far. The figures of the machine and of each vCPU have the names of
+    /// [`Self::statistics_names`].
+    fn statistics(&self) -> Statistics;
+    /// Every name that figures may have, and what it means.
+    fn statistics_names(&self) -> &'static [(&'static str, Meaning)];
 }
 
 /// QEMU's error classes.
@@ -141,10 +148,10 @@ enum Run {
 }
 
 /// The arguments of a command, with QEMU's words for what is wrong with them.
-struct Arguments(Map<String, Value>);
+pub(crate) struct Arguments(pub(crate) Map<String, Value>);
 
 impl Arguments {
-    fn take<T>(
+    pub(crate) fn take<T>(
         &mut self,
         name: &str,
         kind: &str,
@@ -160,7 +167,7 @@ impl Arguments {
         })
     }
 
-    fn finish(&self) -> Result<(), Refusal> {
+    pub(crate) fn finish(&self) -> Result<(), Refusal> {
         match self.0.keys().next() {
             Some(key) => Err(Refusal::generic(format!("Parameter '{key}' is unexpected"))),
             None => Ok(()),
@@ -237,6 +244,8 @@ const COMMANDS: &[(&str, Run)] = &[
     ("balloon", Run::With(balloon)),
     ("query-balloon", Run::With(query_balloon)),
     ("set_link", Run::With(set_link)),
+    ("query-stats", Run::With(statistics::query)),
+    ("query-stats-schemas", Run::With(statistics::schemas)),
 ];
 
 /// A client's state in the protocol.

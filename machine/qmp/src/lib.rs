@@ -7,7 +7,9 @@ mod client;
 mod commands;
 mod event;
 mod server;
+mod statistics;
 
 pub use commands::{Control, RunState};
 pub use event::Event;
 pub use server::{Server, ServerError};
+pub use statistics::{Figure, Meaning, Statistics};

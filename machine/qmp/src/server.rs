@@ -167,6 +167,21 @@ mod tests {
             self.0.lock().push(if up { "up" } else { "down" });
             name == "net0"
         }
+        fn statistics(&self) -> crate::Statistics {
+            crate::Statistics {
+                vm: vec![("instructions", 7)],
+                vcpus: vec![
+                    vec![("instructions", 3), ("halted-time", 9)],
+                    vec![("instructions", 4), ("halted-time", u64::MAX)],
+                ],
+            }
+        }
+        fn statistics_names(&self) -> &'static [(&'static str, crate::Meaning)] {
+            &[
+                ("instructions", crate::Meaning::Count),
+                ("halted-time", crate::Meaning::Time),
+            ]
+        }
     }
 
     struct Talk(BufReader<UnixStream>);
@@ -366,6 +381,103 @@ mod tests {
         let event = talk.read();
         assert_eq!(event["event"], "BALLOON_CHANGE");
         assert_eq!(event["data"], json!({ "actual": 7 }));
+    }
+
+    /// The words of the refusals are those of QEMU 7.2 for the same lines.
+    #[test]
+    fn statistics_are_asked_for_as_qemu_s_are() {
+        let (_dir, _machine, _server, mut talk) = server();
+        talk.say(r#"{"execute":"qmp_capabilities"}"#);
+        let mut ask = |name: &str, arguments: Value| {
+            talk.say(&json!({ "execute": name, "arguments": arguments }).to_string())
+        };
+        let figure = |name: &str, value: u64| json!({ "name": name, "value": value });
+        let vcpu = |number: u32, stats: &[Value]| {
+            let path = format!("/machine/cpu[{number}]");
+            json!({ "provider": "corten", "qom-path": path, "stats": stats })
+        };
+        let one = [figure("instructions", 3), figure("halted-time", 9)];
+        let two = [figure("instructions", 4), figure("halted-time", u64::MAX)];
+        let vm = json!({ "provider": "corten", "stats": [figure("instructions", 7)] });
+        let named = |names: &[&str]| json!([{ "provider": "corten", "names": names }]);
+        for (arguments, expected) in [
+            (json!({ "target": "vm" }), json!([vm])),
+            (
+                json!({ "target": "vcpu" }),
+                json!([vcpu(0, &one), vcpu(1, &two)]),
+            ),
+            (
+                json!({ "target": "vcpu", "vcpus": ["/machine/cpu[1]", "/nowhere"],
+                        "providers": named(&["instructions", "dust"]) }),
+                json!([vcpu(1, &two[..1])]),
+            ),
+            (
+                json!({ "target": "vm", "providers": named(&["dust"]) }),
+                json!([]),
+            ),
+            (
+                json!({ "target": "vm", "providers": [{ "provider": "kvm" }] }),
+                json!([]),
+            ),
+            (json!({ "target": "cryptodev" }), json!([])),
+        ] {
+            let got = ask("query-stats", arguments.clone());
+            assert_eq!(got, json!({ "return": expected }), "{arguments}");
+        }
+        let schemas = ask("query-stats-schemas", json!({ "provider": "corten" }));
+        let stats = json!([
+            { "name": "instructions", "type": "cumulative" },
+            { "name": "halted-time", "type": "cumulative", "unit": "seconds", "base": 10,
+              "exponent": -9 },
+        ]);
+        let of = |target: &str| json!({ "provider": "corten", "target": target, "stats": stats });
+        assert_eq!(schemas, json!({ "return": [of("vm"), of("vcpu")] }));
+        for (arguments, words) in [
+            (json!({}), "Parameter 'target' is missing"),
+            (
+                json!({ "target": 3 }),
+                "Invalid parameter type for 'target', expected: string",
+            ),
+            (
+                json!({ "target": "foo" }),
+                "Parameter 'target' does not accept value 'foo'",
+            ),
+            (
+                json!({ "target": "vm", "vcpus": [] }),
+                "Parameter 'vcpus' is unexpected",
+            ),
+            (
+                json!({ "target": "vcpu", "vcpus": [3] }),
+                "Invalid parameter type for 'vcpus[0]', expected: string",
+            ),
+            (
+                json!({ "target": "vcpu", "providers": 3 }),
+                "Invalid parameter type for 'providers', expected: array",
+            ),
+            (
+                json!({ "target": "vcpu", "providers": [3] }),
+                "Invalid parameter type for 'providers[0]', expected: object",
+            ),
+            (
+                json!({ "target": "vcpu", "providers": [{}] }),
+                "Parameter 'providers[0].provider' is missing",
+            ),
+            (
+                json!({ "target": "vcpu", "providers": [{ "provider": "x" }] }),
+                "Parameter 'provider' does not accept value 'x'",
+            ),
+            (
+                json!({ "target": "vcpu", "providers": [{ "provider": "kvm", "names": 3 }] }),
+                "Invalid parameter type for 'providers[0].names', expected: array",
+            ),
+            (
+                json!({ "target": "vcpu", "providers": [{ "provider": "kvm", "q": 1 }] }),
+                "Parameter 'providers[0].q' is unexpected",
+            ),
+        ] {
+            let answer = ask("query-stats", arguments);
+            assert_eq!(error(&answer), ("GenericError", words));
+        }
     }
 
     #[test]

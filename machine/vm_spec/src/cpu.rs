@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::OptionError;
 
-/// Most vCPUs of a machine: as many as local APIC IDs that the machine's tables and message-signalled interrupts without
-/// remapping can name.
-pub const MAX_CPUS: u32 = 255;
+/// Most vCPUs of a machine, as in QEMU's Q35. APIC IDs above 254 are those of x2APICs; message-signalled interrupts reach them
+/// by KVM's 15-bit destinations.
+pub const MAX_CPUS: u32 = 288;
 
 /// CPU model and features.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -215,8 +215,27 @@ pub struct VcpuStatistics {
     pub interrupts: u64,
     /// Time spent halted.
     pub halted: Duration,
+    /// Time spent in [`CpuIo`], where the accelerator measures it.
+    pub in_devices: Duration,
+    /// Walks of the guest's page tables, where the accelerator makes them.
+    pub page_walks: u64,
+    /// What the guest asked of the paravirtual interface, where the accelerator sees it.
+    pub paravirtual: Option<ParavirtualStatistics>,
     /// Of the translation of code, where there is one.
     pub translation: Option<TranslationStatistics>,
+}
+
+/// Counters of what a vCPU asked of the hypervisor so that a guest with more vCPUs than the host has processors gets on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ParavirtualStatistics {
+    /// Kicks of other vCPUs out of HLT: a lock that they wait for is free (KVM_HC_KICK_CPU).
+    pub kicks: u64,
+    /// Interrupts sent to other vCPUs by hypercall (KVM_HC_SEND_IPI), counted by destination.
+    pub ipis: u64,
+    /// Flushes of its TLB that other vCPUs left for it to do, instead of interrupting it while it was halted.
+    pub tlb_flushes: u64,
+    /// Times that its thread let others run, in a loop of PAUSE or because the guest asked (KVM_HC_SCHED_YIELD).
+    pub yields: u64,
 }
 
 /// Counters of the translation of guest code to host code, for a vCPU.
@@ -234,6 +253,10 @@ pub struct TranslationStatistics {
     pub stale: u64,
     /// Times that all blocks were thrown away.
     pub flushes: u64,
+    /// Bytes of host code that are kept now.
+    pub cache_used: u64,
+    /// Most bytes of host code that are kept.
+    pub cache_size: u64,
     /// Times that translated code was left because a jump had no target yet.
     pub links: u64,
     /// Times that it was left to deliver an exception.

@@ -328,7 +328,7 @@ impl VcpuHandle for Handle {
             io_calls: self.doorman.io_calls.load(Ordering::Relaxed),
             interrupts: kernel.map_or(0, KernelStatistics::interrupts),
             halted: Duration::from_nanos(kernel.map_or(0, KernelStatistics::halted_ns)),
-            translation: None,
+            ..VcpuStatistics::default()
         }
     }
 }

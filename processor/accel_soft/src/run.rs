@@ -108,13 +108,12 @@ impl Engine {
     /// Brings the statistics up to date.
     fn publish(&self) {
         let shared = &self.cpu.shared;
-        shared
-            .instructions
-            .store(self.cpu.instructions, Ordering::Relaxed);
-        shared.io_calls.store(self.cpu.io_calls, Ordering::Relaxed);
-        if let Some(translator) = &self.translator {
-            *shared.translation.lock() = Some(translator.statistics);
-        }
+        let mut published = shared.published.lock();
+        published.times += 1;
+        published.instructions = self.cpu.instructions;
+        published.counters = self.cpu.counters;
+        published.translation = self.translator.as_ref().map(|t| t.statistics());
+        shared.said.notify_all();
     }
 
     /// Forgets host addresses when the map of memory has changed.
@@ -574,6 +573,9 @@ impl Engine {
     fn take_events(&mut self, events: Event) {
         if events.contains(Event::FLUSH_TLB) {
             self.follow_memory();
+        }
+        if events.contains(Event::STATISTICS) {
+            self.publish();
         }
         if events.contains(Event::TIMER) {
             self.cpu.apic_timer();

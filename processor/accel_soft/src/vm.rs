@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use accel::{
     Accel, AccelError, CpuIo, Doorbell, Emulator, Exit, Msi, Vcpu, VcpuConfig, VcpuHandle,
@@ -15,7 +15,7 @@ use x86_defs::cpuid::CpuidEntry;
 use x86_defs::state::VcpuState;
 
 use crate::apic::Event;
-use crate::cpu::{Cpu, Machine, VcpuShared};
+use crate::cpu::{Cpu, Machine, Published, VcpuShared};
 use crate::run::Engine;
 
 /// The software CPU as an accelerator.
@@ -228,6 +228,27 @@ impl Vcpu for SoftVcpu {
 
 struct Handle(Arc<VcpuShared>);
 
+/// How long to wait for a vCPU that runs to say what it has done; its thread may be waiting for a processor.
+const PATIENCE: Duration = Duration::from_millis(5);
+
+impl Handle {
+    /// The counters of now where the vCPU's thread gets to say them in time, else those that it last said. One that is outside
+    /// its guest has said them when it went, but for the device access that it is in.
+    fn published_now(&self) -> Published {
+        let mut published = self.0.published.lock();
+        if self.0.in_guest.load(Ordering::SeqCst) {
+            let (before, end) = (published.times, Instant::now() + PATIENCE);
+            self.0.mailbox.raise(Event::STATISTICS);
+            while published.times == before {
+                if self.0.said.wait_until(&mut published, end).timed_out() {
+                    break;
+                }
+            }
+        }
+        *published
+    }
+}
+
 impl VcpuHandle for Handle {
     fn kick(&self) {
         self.0.mailbox.raise(Event::KICK);
@@ -238,12 +259,16 @@ impl VcpuHandle for Handle {
     }
 
     fn statistics(&self) -> VcpuStatistics {
+        let now = self.published_now();
         VcpuStatistics {
-            instructions: self.0.instructions.load(Ordering::Relaxed),
-            io_calls: self.0.io_calls.load(Ordering::Relaxed),
+            instructions: now.instructions,
+            io_calls: now.counters.io_calls,
             interrupts: self.0.mailbox.interrupts(),
             halted: Duration::from_nanos(self.0.halted.load(Ordering::Relaxed)),
-            translation: *self.0.translation.lock(),
+            in_devices: Duration::from_nanos(now.counters.io_time),
+            page_walks: now.counters.page_walks,
+            paravirtual: Some(now.counters.paravirtual),
+            translation: now.translation,
         }
     }
 }

@@ -395,6 +395,18 @@ pub fn set_memory_types(state: &mut VcpuState) {
     state.msrs.push((MTRR_DEF_TYPE, ENABLED_WRITE_BACK));
 }
 
+/// Does what firmware does to the local APIC of every processor where there are APIC IDs above 254: it is in x2APIC mode
+/// (SDM volume 3, section 12.12.1), as an operating system takes such IDs from the tables only when it finds that mode on.
+pub fn enable_x2apic(state: &mut VcpuState, apic_id: u32) {
+    const ENABLED_X2APIC: u64 = 1 << 11 | 1 << 10;
+    /// The local APIC ID register, all 32 bits of which are the ID in this mode.
+    const ID: Range<usize> = 0x20..0x24;
+    state.system.apic_base |= ENABLED_X2APIC;
+    if let Some(register) = state.lapic.get_mut(ID) {
+        register.copy_from_slice(&apic_id.to_le_bytes());
+    }
+}
+
 /// Puts a vCPU that has been reset into the state in which the kernel starts.
 pub fn prepare(state: &mut VcpuState, entry: &Entry) {
     entry.apply(state);

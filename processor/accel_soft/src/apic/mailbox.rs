@@ -31,6 +31,8 @@ bitflags! {
         const LOCAL = 1 << 8;
         /// Code has been written to.
         const CODE = 1 << 9;
+        /// Say what has been done so far.
+        const STATISTICS = 1 << 10;
     }
 }
 

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use accel::TranslationStatistics;
+use accel::{ParavirtualStatistics, TranslationStatistics};
 use guest_clock::GuestClock;
 use guest_memory::GuestMemory;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::apic::{ApicBus, Mailbox};
 
@@ -19,14 +19,38 @@ pub(crate) struct VcpuShared {
     pub(crate) in_guest: AtomicBool,
     /// The generation of the memory map that its translations are of.
     pub(crate) map_seen: AtomicU64,
-    /// Instructions executed, brought up to date now and then.
-    pub(crate) instructions: AtomicU64,
-    /// Calls of `CpuIo`.
-    pub(crate) io_calls: AtomicU64,
     /// Nanoseconds halted.
     pub(crate) halted: AtomicU64,
-    /// Of translation, brought up to date as often.
-    pub(crate) translation: Mutex<Option<TranslationStatistics>>,
+    /// What it has done, as of the last time that it said.
+    pub(crate) published: Mutex<Published>,
+    /// Signalled when it has said ([`crate::apic::Event::STATISTICS`]).
+    pub(crate) said: Condvar,
+}
+
+/// Counters of a vCPU as other threads see them.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Published {
+    /// How often it has said.
+    pub(crate) times: u64,
+    /// Instructions executed.
+    pub(crate) instructions: u64,
+    /// Of its own thread.
+    pub(crate) counters: Counters,
+    /// Of translation.
+    pub(crate) translation: Option<TranslationStatistics>,
+}
+
+/// Counters that a vCPU's thread keeps, apart from those of instructions and translation.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Counters {
+    /// Calls of `CpuIo`.
+    pub(crate) io_calls: u64,
+    /// Nanoseconds in them.
+    pub(crate) io_time: u64,
+    /// Walks of page tables.
+    pub(crate) page_walks: u64,
+    /// Of the paravirtual interface.
+    pub(crate) paravirtual: ParavirtualStatistics,
 }
 
 impl VcpuShared {
@@ -36,10 +60,9 @@ impl VcpuShared {
             mailbox: Arc::new(Mailbox::new(apic_id)),
             in_guest: AtomicBool::new(false),
             map_seen: AtomicU64::new(0),
-            instructions: AtomicU64::new(0),
-            io_calls: AtomicU64::new(0),
             halted: AtomicU64::new(0),
-            translation: Mutex::new(None),
+            published: Mutex::default(),
+            said: Condvar::new(),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use accel::CpuIo;
 use guest_memory::Region;
@@ -11,7 +12,7 @@ use x86_defs::control::{Cr0, Cr4, Efer, Xcr0};
 use x86_defs::cpuid::CpuidEntry;
 use x86_defs::state::{DescriptorTable, Segment};
 
-use super::{Exception, Machine, Mode, Op, RegisterFile, Status, VcpuShared};
+use super::{Counters, Exception, Machine, Mode, Op, RegisterFile, Status, VcpuShared};
 use crate::apic::LocalApic;
 use crate::mmu::Tlb;
 use crate::simd::Vectors;
@@ -130,8 +131,8 @@ pub(crate) struct Cpu {
     pub(crate) code_stale: bool,
     /// Where port and memory accesses go while `run` is active.
     pub(crate) io: Option<NonNull<dyn CpuIo>>,
-    /// Calls of `CpuIo`.
-    pub(crate) io_calls: u64,
+    /// What is counted for people.
+    pub(crate) counters: Counters,
     /// PAUSE instructions executed.
     pub(crate) pauses: u32,
 }
@@ -224,7 +225,7 @@ impl Cpu {
             code_stale: false,
             instructions: 0,
             io: None,
-            io_calls: 0,
+            counters: Counters::default(),
             pauses: 0,
         };
         cpu.power_up();
@@ -237,11 +238,14 @@ impl Cpu {
         let Some(io) = self.io else {
             return R::default();
         };
-        self.io_calls += 1;
+        let start = Instant::now();
         let shared = self.shared.clone();
         shared.in_guest.store(false, Ordering::SeqCst);
         // SAFETY: `io` is set for the time of `run` from the reference that it was given.
         let result = call(unsafe { io.as_ref() });
+        let took = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.counters.io_calls += 1;
+        self.counters.io_time = self.counters.io_time.saturating_add(took);
         shared.in_guest.store(true, Ordering::SeqCst);
         self.follow_memory();
         if shared.mailbox.has_events() {

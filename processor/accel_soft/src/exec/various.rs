@@ -65,6 +65,7 @@ pub(crate) fn hlt(cpu: &mut Cpu, _: &Op) -> Result<()> {
 pub(crate) fn pause(cpu: &mut Cpu, _: &Op) -> Result<()> {
     cpu.pauses = cpu.pauses.wrapping_add(1);
     if cpu.pauses.is_multiple_of(256) {
+        cpu.counters.paravirtual.yields += 1;
         std::thread::yield_now();
     }
     Ok(())

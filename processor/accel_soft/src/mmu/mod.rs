@@ -173,6 +173,7 @@ impl Cpu {
         let mut tables = Memory {
             map: &self.memory_map,
         };
+        self.counters.page_walks += 1;
         let walked = match self.system.mmu.paging.walk(&mut tables, linear, request) {
             Ok(walked) => walked,
             Err(code) => {

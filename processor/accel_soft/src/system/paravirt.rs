@@ -250,6 +250,7 @@ impl Cpu {
     pub(crate) fn after_sleep(&mut self) {
         let left = self.with_preempted(|byte| byte.swap(0, Ordering::SeqCst));
         if left.is_some_and(|notes| notes & FLUSH_TLB != 0) {
+            self.counters.paravirtual.tlb_flushes += 1;
             self.tlb.flush_local();
             self.leave_block = true;
         }
@@ -315,11 +316,13 @@ impl Cpu {
                 let Some(mailbox) = self.machine.apics.get(a1 as u32) else {
                     return 0;
                 };
+                self.counters.paravirtual.kicks += 1;
                 mailbox.raise(Event::WAKE);
                 0
             }
             hypercall::SEND_IPI => self.send_many([a0, a1], a2 as u32, a3 as u32),
             hypercall::SCHED_YIELD => {
+                self.counters.paravirtual.yields += 1;
                 std::thread::yield_now();
                 0
             }
@@ -347,6 +350,7 @@ impl Cpu {
                 sent += self.machine.apics.send(message) as i64;
             }
         }
+        self.counters.paravirtual.ipis += sent as u64;
         sent
     }
 }

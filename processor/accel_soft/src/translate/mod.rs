@@ -179,6 +179,15 @@ impl Translator {
         })
     }
 
+    /// What was done so far, and how full the memory for code is.
+    pub(crate) fn statistics(&self) -> TranslationStatistics {
+        TranslationStatistics {
+            cache_used: self.memory.used() as u64,
+            cache_size: (self.memory.used() + self.memory.left()) as u64,
+            ..self.statistics
+        }
+    }
+
     /// True when another block may not fit.
     pub(crate) fn is_full(&self) -> bool {
         self.memory.left() < MOST_CODE
