@@ -8,6 +8,7 @@ use block::{
     MemoryMedium, OpenGate, Refusing, Scope, ZeroFlags, executor,
 };
 use image_formats::deflate::Deflater;
+use image_formats::luks::{Luks, Secret};
 use image_formats::qcow2::{OpenOptions, Qcow2, Repair};
 use image_formats::vdi::Vdi;
 use image_formats::vhdx::Vhdx;
@@ -232,6 +233,23 @@ pub fn vmdk(data: &[u8]) {
 pub fn vdi(data: &[u8]) {
     executor::block_on(async {
         use_format(Vdi::open(memory(scattered(data))).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Opens pieces as a LUKS volume, with a password and without. Keys are derived quickly.
+pub fn luks(data: &[u8]) {
+    let mut bytes = scattered(data);
+    for at in [164].into_iter().chain((0..8).map(|n| 208 + n * 48 + 4)) {
+        if let Some([high @ .., a, _]) = bytes.get_mut(at..at + 4) {
+            high.fill(0);
+            *a &= 3;
+        }
+    }
+    executor::block_on(async {
+        use_format(Luks::open(memory(bytes.clone()), None).await).await;
+        let secret = Secret::new(b"open sesame");
+        use_format(Luks::open(memory(bytes), Some(&secret)).await).await;
     })
     .expect("an executor");
 }

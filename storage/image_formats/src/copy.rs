@@ -364,8 +364,7 @@ impl Copy<'_> {
             self.zero(task.offset, task.length).await?;
         }
         if let Some((buffer, pieces, how)) = ready {
-            self.write_compressed(task, &buffer, pieces, how)
-                .await?;
+            self.write_compressed(task, &buffer, pieces, how).await?;
         }
         self.turns.pass_on();
         Ok(true)

@@ -10,6 +10,7 @@ pub mod deflate;
 mod details;
 mod fields;
 mod identity;
+pub mod luks;
 mod mapped;
 mod names;
 mod new;

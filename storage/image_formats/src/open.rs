@@ -12,6 +12,7 @@ use nbd::NbdName;
 use nbd::client::{NbdDisk, NbdMedium};
 
 use crate::details::ImageFormat;
+use crate::luks::{Luks, Secret};
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
 use crate::vdi::Vdi;
@@ -57,8 +58,10 @@ pub struct ImageOptions {
     pub snapshot: bool,
     /// Bytes of memory for the mapping tables of each qcow2 image.
     pub l2_cache: u64,
-    /// Open damaged qcow2 images too, for checking.
+    /// Open damaged qcow2 images too, for checking, and encrypted ones without their password.
     pub for_check: bool,
+    /// The password of an encrypted image.
+    pub secret: Option<Secret>,
 }
 
 impl Default for ImageOptions {
@@ -75,6 +78,7 @@ impl Default for ImageOptions {
             snapshot: false,
             l2_cache: qcow2::OpenOptions::default().l2_cache,
             for_check: false,
+            secret: None,
         }
     }
 }
@@ -372,8 +376,15 @@ impl Opener {
                 Ok(Image::of(Rc::new(image), medium))
             }
             "luks" => {
-                let message = format!("'{}': the format {format} is not supported", medium.name());
-                Err(BlockError::unsupported(message))
+                if self.options.secret.is_none() && !self.options.for_check {
+                    return Err(BlockError::invalid_argument(format!(
+                        "'{}': Parameter 'key-secret' is required for cipher",
+                        medium.name()
+                    )));
+                }
+                let secret = self.options.secret.as_ref();
+                let image = Luks::open(medium.clone(), secret).await?;
+                Ok(Image::of(Rc::new(image), medium))
             }
             _ => Err(BlockError::invalid_argument(format!(
                 "Unknown driver '{format}'"
@@ -422,6 +433,8 @@ impl Opener {
             format,
             write,
             for_check: false,
+            // Each image has a password of its own.
+            secret: None,
             ..self.options.clone()
         };
         Ok(Self {

@@ -3,9 +3,9 @@
 mod boot;
 mod cpu;
 mod devices;
+mod images;
 mod net_server;
 mod process;
-mod images;
 
 use std::process::Command;
 
