@@ -14,7 +14,7 @@ use image_formats::vdi::Vdi;
 use image_formats::vhdx::Vhdx;
 use image_formats::vmdk::Vmdk;
 use image_formats::vpc::Vpc;
-use image_formats::{ImageFormat, bochs, cloop, parallels, qed};
+use image_formats::{ImageFormat, bochs, cloop, dmg, parallels, qed};
 
 /// Opens any bytes as a qcow2 image, reads, checks, writes, repairs. Nothing may panic or hang.
 pub fn qcow2(data: &[u8]) {
@@ -274,6 +274,14 @@ pub fn parallels(data: &[u8]) {
 pub fn bochs(data: &[u8]) {
     executor::block_on(async {
         use_format(bochs::open(memory(scattered(data))).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Opens any bytes as an Apple disk image.
+pub fn dmg(data: &[u8]) {
+    executor::block_on(async {
+        use_format(dmg::open(memory(data.to_vec())).await).await;
     })
     .expect("an executor");
 }

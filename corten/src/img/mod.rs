@@ -172,7 +172,7 @@ fn help(program: &str) {
     }
     output::say(
         "\nFormats, read and written: raw qcow2 luks vdi vhdx vmdk vpc\n\
-         Formats, read: bochs cloop parallels qed",
+         Formats, read: bochs cloop dmg parallels qed",
     );
 }
 

@@ -8,6 +8,7 @@ pub mod cloop;
 pub mod copy;
 pub mod deflate;
 mod details;
+pub mod dmg;
 mod fields;
 mod identity;
 pub mod luks;

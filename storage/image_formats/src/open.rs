@@ -19,7 +19,7 @@ use crate::vdi::Vdi;
 use crate::vhdx::Vhdx;
 use crate::vmdk::Vmdk;
 use crate::vpc::Vpc;
-use crate::{bochs, cloop, parallels, qed};
+use crate::{bochs, cloop, dmg, parallels, qed};
 
 /// A chain of backing files longer than this is taken for a circle.
 const MAX_CHAIN: u32 = 200;
@@ -247,6 +247,17 @@ pub fn resolve_name(base: &str, name: &str) -> String {
     }
 }
 
+/// The format of a file by its first bytes, or, where its name ends with `.dmg`, by its last: only then, or a guest
+/// could turn any raw disk into an image.
+async fn guess(medium: &dyn Medium) -> Result<&'static str> {
+    let found = probe(medium).await?;
+    let named = medium.name().to_ascii_lowercase().ends_with(".dmg");
+    if found == "raw" && named && dmg::is_one(medium).await? {
+        return Ok("dmg");
+    }
+    Ok(found)
+}
+
 impl Opener {
     /// A gate that opens what images name under the given policies.
     pub fn new(options: ImageOptions) -> Self {
@@ -310,7 +321,7 @@ impl Opener {
         let guessed = self.options.format.is_none();
         let format = match &self.options.format {
             Some(format) => format.as_str(),
-            None => probe(&*medium).await?,
+            None => guess(&*medium).await?,
         };
         match format {
             "raw" => {
@@ -373,6 +384,10 @@ impl Opener {
             }
             "cloop" => {
                 let image = cloop::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
+            "dmg" => {
+                let image = dmg::open(medium.clone()).await?;
                 Ok(Image::of(Rc::new(image), medium))
             }
             "luks" => {
