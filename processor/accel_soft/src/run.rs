@@ -130,7 +130,7 @@ impl Engine {
         self.cache.clear();
         // Keys and operations are numbered anew.
         self.cpu.hot.key = 0;
-        self.cpu.hot.scattered = std::ptr::null();
+        self.cpu.gate.scattered = std::ptr::null();
         if let Some(translator) = &mut self.translator {
             translator.clear();
         }
@@ -208,7 +208,8 @@ impl Engine {
             return false;
         }
         // SAFETY: a live block of the cache.
-        let this = unsafe { &*block };
+        let this = unsafe { &mut *block };
+        this.code.page_number = (self.cpu.rip >> 12) as u8;
         let first = self.cache.index_of(this);
         translator.compile(block, self.cache.source(this), first)
     }
@@ -236,7 +237,7 @@ impl Engine {
             translator.enter(&mut self.cpu, rip, code.far());
         }
         let why = translator.run(&mut self.cpu, code.near, self.cache.ops_at());
-        if !self.cpu.hot.scattered.is_null() {
+        if !self.cpu.gate.scattered.is_null() {
             self.follow_scattered();
         }
         let Some(translator) = &mut self.translator else {
@@ -258,7 +259,7 @@ impl Engine {
     /// Compiles a block anew with an instruction in it that goes from page to page with its memory operand.
     #[cold]
     fn follow_scattered(&mut self) {
-        let place = std::mem::replace(&mut self.cpu.hot.scattered, std::ptr::null());
+        let place = std::mem::replace(&mut self.cpu.gate.scattered, std::ptr::null());
         let Some(translator) = &mut self.translator else {
             return;
         };
@@ -880,6 +881,27 @@ mod tests {
     use crate::apic::Event;
     use crate::cpu::Mode;
     use crate::testing::{Ports, engine, run_blocks_to_halt};
+
+    /// A loop whose pushes share one look-up. At last the first of them writes over the others.
+    #[test]
+    fn a_push_over_the_next_ones_is_seen_at_once() {
+        // 0: mov rax, two NOPs and what follows the pushes; 10: mov edi, 1800h, in the page of the code; 15: mov ecx, 100.
+        let mut code = vec![0x48, 0xb8, 0x90, 0x90, 0xff, 0xc3, 0x90, 0x90, 0x90, 0x90];
+        code.extend([0xbf, 0, 0x18, 0, 0, 0xb9, 100, 0, 0, 0]);
+        // 20: mov rsp, rdi; push rax, three times; inc ebx; NOPs; dec ecx; jnz 20.
+        code.extend([0x48, 0x89, 0xfc, 0x50, 0x50, 0x50]);
+        code.extend([0xff, 0xc3, 0x90, 0x90, 0x90, 0x90]);
+        code.extend([0xff, 0xc9, 0x75, 20_u8.wrapping_sub(36)]);
+        // 36: test esi, esi; jnz 54; inc esi; mov edi, 8 bytes behind the second push; mov ecx, 1; jmp 20; 54: hlt.
+        code.extend([0x85, 0xf6, 0x75, 14, 0xff, 0xc6, 0xbf]);
+        let behind = crate::testing::CODE as u32 + 24 + 8;
+        code.extend(behind.to_le_bytes());
+        code.extend([0xb9, 1, 0, 0, 0, 0xeb, 20_u8.wrapping_sub(54), 0xf4]);
+        let mut engine = engine(64, &code);
+        run_blocks_to_halt(&mut engine);
+        assert_eq!(engine.cpu.regs[3], 101);
+        assert_eq!(engine.cpu.regs[4], u64::from(behind) - 8, "one push");
+    }
 
     /// Returns that translated code does not find leave it, so that many of them show.
     #[test]

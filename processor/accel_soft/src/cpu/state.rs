@@ -29,6 +29,8 @@ use crate::x87::X87;
 pub(crate) struct Cpu {
     /// What translated code keeps here and only it.
     pub(crate) hot: Hot,
+    /// Instructions executed up to the start of the running block.
+    pub(crate) instructions: u64,
     /// Translation buffers.
     pub(crate) tlb: Tlb,
     /// Instruction pointer.
@@ -126,8 +128,6 @@ pub(crate) struct Cpu {
     pub(crate) map_generation: u64,
     /// Decoded blocks rest on a map that is no longer.
     pub(crate) code_stale: bool,
-    /// Instructions executed up to the start of the running block.
-    pub(crate) instructions: u64,
     /// Where port and memory accesses go while `run` is active.
     pub(crate) io: Option<NonNull<dyn CpuIo>>,
     /// Calls of `CpuIo`.

@@ -1,6 +1,8 @@
 //! Random instructions of a given form, and register values with which their operands lie in the test's pages.
 
-use iced_x86::{Code, Encoder, Instruction, OpCodeOperandKind as K, OpKind, Register};
+use iced_x86::{
+    Code, Encoder, Instruction, MemoryOperand, OpCodeOperandKind as K, OpKind, Register,
+};
 
 use super::native::{CODE, DATA, DATA_WRITABLE, STACK, STACK_SIZE};
 use super::random::Random;
@@ -134,10 +136,15 @@ pub(crate) fn sequence(
     suits: impl Fn(&Instruction) -> bool,
 ) -> Option<Case> {
     let mut state = random_state(random);
-    // R12 to R15 and RBX hold data addresses for the whole sequence; nothing writes them.
-    for i in [3, 12, 13, 14, 15] {
-        state.gpr[i] = DATA + 0x400 + random.below(0x1800);
+    // R12 to R15 and RBX hold data addresses for the whole sequence: only movers change them, and not by much.
+    for i in BASES {
+        state.gpr[i] = if random.one_in(4) {
+            DATA + 0x1000 - random.below(0x60)
+        } else {
+            DATA + 0x400 + random.below(0x1800)
+        };
     }
+    state.gpr[4] = STACK + 0x1000 + 8 * random.below(16);
     state.rflags &= !(1 << 10);
     let mut maker = Maker {
         random,
@@ -156,14 +163,18 @@ pub(crate) fn sequence(
         if tries > 40 * length {
             return None;
         }
-        let code = maker.random.pick(codes);
         let at = START + bytes.len() as u64;
-        let Some(instruction) = maker.instruction(code, at) else {
+        let instruction = if maker.random.one_in(4) {
+            mover(maker.random)
+        } else {
+            let code = maker.random.pick(codes);
+            maker
+                .instruction(code, at)
+                .filter(|i| keeps_bases(i) && suits(i))
+        };
+        let Some(instruction) = instruction else {
             continue;
         };
-        if !keeps_bases(&instruction) || !suits(&instruction) {
-            continue;
-        }
         let Some(mut encoded) = encode(&instruction, at, 64) else {
             continue;
         };
@@ -178,6 +189,30 @@ pub(crate) fn sequence(
         memory,
         bits: 64,
     })
+}
+
+/// The registers that hold data addresses in sequences.
+const BASES: [usize; 5] = [3, 12, 13, 14, 15];
+
+/// What moves a base register a little, or one to another, or uses the stack.
+fn mover(random: &mut Random) -> Option<Instruction> {
+    let (to, from) = (GPR64[random.pick(&BASES)], GPR64[random.pick(&BASES)]);
+    let other = GPR64[random.pick(&[0_usize, 1, 2, 5, 6, 7, 8, 9, 10, 11])];
+    let by = random.below(33) as i32 - 16;
+    let at = |base| MemoryOperand::with_base_displ(base, i64::from(by));
+    match random.below(12) {
+        0 => Instruction::with2(Code::Add_rm64_imm8, to, by),
+        1 => Instruction::with2(Code::Sub_rm64_imm8, to, by),
+        2 => Instruction::with1(Code::Inc_rm64, to),
+        3 => Instruction::with1(Code::Dec_rm64, to),
+        4 => Instruction::with2(Code::Lea_r64_m, to, at(from)),
+        5 => Instruction::with2(Code::Mov_r64_rm64, to, from),
+        6 => Instruction::with2(Code::Lea_r64_m, other, at(to)),
+        7 => Instruction::with1(Code::Pushq_imm8, by),
+        8 | 9 => Instruction::with1(Code::Push_r64, if random.one_in(3) { to } else { other }),
+        _ => Instruction::with1(Code::Pop_r64, other),
+    }
+    .ok()
 }
 
 /// True for an instruction that leaves the sequence's base registers and the stack pointer alone.

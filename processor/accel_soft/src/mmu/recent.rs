@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU8;
 use super::tlb::DataEntry;
 
 /// Entries.
-pub(crate) const RECENT_PAGES: usize = 35;
+pub(crate) const RECENT_PAGES: usize = 50;
 
 /// How an instruction names memory: the number of an entry.
 pub(crate) mod way {
@@ -21,12 +21,13 @@ pub(crate) mod way {
     pub(crate) const BASE: usize = 0;
     /// By a base register and an index.
     pub(crate) const INDEXED: usize = 16;
-    /// By the place of the instruction, or without any base.
+    /// By the place of the instruction, or without any base: one of [`PLAIN_WAYS`] for the number of the page, which is known.
     pub(crate) const PLAIN: usize = 32;
+    pub(crate) const PLAIN_WAYS: usize = 16;
     /// Without a base in a segment that has one of its own.
-    pub(crate) const SEGMENT: usize = 33;
+    pub(crate) const SEGMENT: usize = 48;
     /// By the stack pointer, with supervisor privilege.
-    pub(crate) const SUPERVISOR_STACK: usize = 34;
+    pub(crate) const SUPERVISOR_STACK: usize = 49;
 }
 
 /// See the module.

@@ -3,7 +3,7 @@
 use iced_x86::{Code, Mnemonic as M, OpKind};
 
 use super::code::{At, Compiler, Kept, Via};
-use super::cold::{Cold, Target};
+use super::cold::{Cold, Rejoin, Target};
 use super::emit::{Asm, R14, R15, RBP, RCX, Reg, Rm, hot, mem, op, op64};
 use super::hot::at;
 use super::registers::{ADDRESS, Place, SCRATCH, STACK, place};
@@ -61,7 +61,7 @@ impl Compiler<'_> {
         let op = self.op_number(at);
         self.cold.push(Cold::Slow {
             from,
-            back,
+            rejoin: Rejoin::Back(back),
             op,
             kept: usual(at),
         });
@@ -97,6 +97,11 @@ impl Compiler<'_> {
         if !register && immediate.is_none() {
             return false;
         }
+        if let Some(from) = self.held_access(at) {
+            self.push_held(i, from, immediate);
+            self.stored(at, Target::Page(self.next_place(at)));
+            return true;
+        }
         let is_rax = register && i.op0_register().number() == 0;
         let kept = match usual(at) {
             Kept::InAx if is_rax => Kept::InMemory,
@@ -106,7 +111,7 @@ impl Compiler<'_> {
         let op = self.op_number(at);
         self.cold.push(Cold::Slow {
             from: slow,
-            back,
+            rejoin: Rejoin::Back(back),
             op,
             kept,
         });
@@ -130,12 +135,41 @@ impl Compiler<'_> {
         true
     }
 
+    /// Pushes to a place at R15.
+    fn push_held(&mut self, i: &iced_x86::Instruction, to: i32, immediate: Option<i32>) {
+        if let Some(value) = immediate {
+            self.asm.ins(self.wide(0xc7), 0, mem(R15, to));
+            self.asm.i32(value);
+        } else {
+            let reg = match place(i.op0_register().number() as u8) {
+                Place::Host(reg) => reg,
+                Place::Frame(from) => {
+                    self.asm.load(R14, hot(from));
+                    R14
+                }
+            };
+            self.asm.ins(self.wide(0x89), reg, mem(R15, to));
+        }
+        self.move_stack(-self.slot());
+    }
+
     fn pop(&mut self, at: At) -> bool {
         let i = at.i;
         let register = i.op0_kind() == OpKind::Register
             && (i.op0_register().is_gpr64() || i.op0_register().is_gpr32());
         if !register || i.op0_register().number() == 4 {
             return false;
+        }
+        if let Some(from) = self.held_access(at) {
+            match place(i.op0_register().number() as u8) {
+                Place::Host(reg) => self.asm.load(reg, mem(R15, from)),
+                Place::Frame(to) => {
+                    self.asm.load(R14, mem(R15, from));
+                    self.asm.store(hot(to), R14);
+                }
+            }
+            self.move_stack(self.slot());
+            return true;
         }
         let (slow, back) = (self.slot_to_pop(at, STACK), self.asm.label());
         self.slow(at, slow, back);
@@ -153,6 +187,11 @@ impl Compiler<'_> {
     }
 
     fn leave(&mut self, at: At) -> bool {
+        if let Some(from) = self.held_access(at) {
+            self.asm.lea(STACK, mem(RBP, self.slot()));
+            self.asm.load(RBP, mem(R15, from));
+            return true;
+        }
         let (slow, back) = (self.slot_to_pop(at, RBP), self.asm.label());
         self.slow(at, slow, back);
         self.restore_flags(usual(at));
@@ -205,7 +244,7 @@ impl Compiler<'_> {
         let condition = condition_of(at.i.mnemonic()).expect("a conditional jump");
         let taken = self.near_target(at);
         let (next, here) = (self.next_place(at), self.here(at));
-        if in_page(taken) && taken > here && !self.successors.is_across(taken) {
+        if taken > here && self.is_linkable(taken) {
             let from = self.asm.label();
             let place = self.asm.jcc(condition, from);
             self.link(place, from, taken);
@@ -223,15 +262,25 @@ impl Compiler<'_> {
     }
 
     fn link(&mut self, place: usize, from: super::emit::Label, target: i32) {
-        let link = self.first_link + self.links.len() as u32;
-        self.links.push((place, target));
+        let link = self.add_link(place, target);
         self.cold.push(Cold::Link { from, link });
+    }
+
+    /// A jump whose distance is at `place` in the code, to a target in the page. Gives the number of the link.
+    pub(crate) fn add_link(&mut self, place: usize, target: i32) -> u32 {
+        self.links.push((place, target));
+        self.first_link + self.links.len() as u32 - 1
+    }
+
+    /// True when a jump can be linked to this place.
+    pub(crate) fn is_linkable(&self, target: i32) -> bool {
+        in_page(target) && !self.successors.is_across(target)
     }
 
     /// Goes on at a place relative to the page.
     pub(crate) fn go(&mut self, at: At, target: i32) {
         let back = target <= self.here(at);
-        if in_page(target) && !self.successors.is_across(target) {
+        if self.is_linkable(target) {
             if back {
                 self.look_at_events(Some(target));
             }
@@ -308,6 +357,15 @@ impl Compiler<'_> {
 
     fn call_near(&mut self, at: At) -> bool {
         let target = self.near_target(at);
+        if let Some(to) = self.held_access(at) {
+            let next = self.next_place(at);
+            self.address_in_page(next);
+            self.asm.store(mem(R15, to), R14);
+            self.move_stack(-self.slot());
+            self.stored(at, Target::Page(target));
+            self.go(at, target);
+            return true;
+        }
         let slow = self.slot_to_push(at, usual(at));
         self.missed(at, slow, 0);
         self.put_return_address(at);
@@ -379,10 +437,14 @@ impl Compiler<'_> {
         } else {
             0
         };
-        let slow = self.slot_to_pop(at, STACK);
-        self.missed(at, slow, 0);
-        self.restore_flags(usual(at));
-        self.asm.ins(self.wide(0x8b), R14, mem(R14, 0));
+        if let Some(from) = self.held_access(at) {
+            self.asm.load(R14, mem(R15, from));
+        } else {
+            let slow = self.slot_to_pop(at, STACK);
+            self.missed(at, slow, 0);
+            self.restore_flags(usual(at));
+            self.asm.ins(self.wide(0x8b), R14, mem(R14, 0));
+        }
         let by = self.slot() + more;
         self.move_stack(by);
         self.go_to_address(at, by);
@@ -458,7 +520,7 @@ impl Compiler<'_> {
 }
 
 /// Where flags that matter are kept while an address is looked up.
-fn usual(at: At) -> Kept {
+pub(crate) fn usual(at: At) -> Kept {
     if at.live_before {
         Kept::InAx
     } else {

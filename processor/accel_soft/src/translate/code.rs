@@ -4,10 +4,11 @@
 //! look-up in the translation buffer, which makes it a host address, and the instruction itself with that for its operand.
 //! What is unusual goes out of line, where the interpreter does the whole instruction.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, InstructionInfoFactory, OpKind, Register};
 
 use super::cold::{Cold, Target};
 use super::emit::{Asm, Label, Opcode, R14, R15, RAX, RCX, Reg, Rm, cc, hot, mem, op, op64};
+use super::held::{Access, Held};
 use super::hot::at;
 use super::liveness::Successors;
 use super::registers::{ADDRESS, Place, SCRATCH, place};
@@ -19,7 +20,7 @@ use crate::mmu::{DATA_ENTRIES, SLOT_ROTATION, way};
 pub(super) const READ: i32 = 0;
 pub(super) const WRITE: i32 = 8;
 const HOST: i32 = 16;
-const FLAG: i32 = 24;
+pub(super) const FLAG: i32 = 24;
 
 /// How a host address is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +71,23 @@ pub(crate) struct Compiler<'a> {
     /// Its instructions that go from page to page with their memory operand, by bits.
     pub(crate) scattered: u64,
     pub(crate) cold: Vec<Cold>,
+    /// The low bits of the number of its page where it was met first.
+    pub(crate) page_number: u8,
+    /// The operations of its instructions.
+    pub(crate) ops: *const Op,
+    /// Its instructions, each with the place of its immediate, and all their bytes.
+    pub(crate) instructions: &'a [(Instruction, usize)],
+    pub(crate) bytes: &'a [u8],
+    /// Which registers instructions change.
+    pub(crate) registers: &'a mut InstructionInfoFactory,
+    /// Accesses that can share a look-up, by instruction.
+    pub(crate) accesses: Vec<Option<Access>>,
+    /// What R15 holds.
+    pub(crate) held: Option<Held>,
+    /// The instruction at hand leaves that.
+    pub(crate) keeps_held: bool,
+    /// Nobody has looked yet whether the page is watched that was stored to.
+    pub(crate) unlooked: bool,
     /// Links: the place of the distance in the code so far, and the target.
     pub(crate) links: Vec<(usize, i32)>,
     /// Number of the first of them.
@@ -89,9 +107,21 @@ pub(crate) struct At<'i> {
     pub(crate) live_after: bool,
 }
 
-impl Compiler<'_> {
+impl<'a> Compiler<'a> {
     pub(crate) fn code64(&self) -> bool {
         self.mode.is_64bit()
+    }
+
+    /// The operation of an instruction.
+    pub(crate) fn op(&self, number: usize) -> &'a Op {
+        // SAFETY: a block has as many operations as instructions, and one more, and lives while it is compiled.
+        unsafe { &*self.ops.add(number) }
+    }
+
+    /// The bytes of an instruction. They were decoded for an address of zero.
+    pub(crate) fn own_bytes(&self, number: usize) -> &'a [u8] {
+        let i = &self.instructions[number].0;
+        &self.bytes[i.ip() as usize..][..i.len()]
     }
 
     /// An opcode of the size of addresses.
@@ -256,6 +286,7 @@ impl Compiler<'_> {
             number,
             write,
             op,
+            holds: self.held.is_some(),
         });
     }
 
@@ -275,10 +306,21 @@ impl Compiler<'_> {
         match (based, indexed, flat) {
             (true, false, true) => Via::Recent(way::BASE + base.number()),
             (true, true, true) => Via::Recent(way::INDEXED + base.number()),
-            (false, false, true) => Via::Recent(way::PLAIN),
+            (false, false, true) => Via::Recent(way::PLAIN + self.plain_way(at)),
             (false, false, false) => Via::Recent(way::SEGMENT),
             _ => Via::Buffer,
         }
+    }
+
+    /// Which of the ways of plain addresses this one takes: by its page, as far as that is known now.
+    fn plain_way(&self, at: At) -> usize {
+        let page = if at.i.is_ip_rel_memory_operand() {
+            let relative = at.i.ip_rel_memory_address().wrapping_add(self.start as u64);
+            (relative >> 12).wrapping_add(u64::from(self.page_number))
+        } else {
+            at.i.memory_displacement64() >> 12
+        };
+        page as usize % way::PLAIN_WAYS
     }
 
     /// How the stack is best looked up.
@@ -304,15 +346,15 @@ impl Compiler<'_> {
         self.asm.jcc(cc::NE, slow);
     }
 
-    /// After a store, with the entry in R15: leaves the block if somebody watches the page. Changes flags.
+    /// After a store, with the entry of a [`Via::Buffer`] in R15: leaves the block if somebody watches the page. Changes flags.
     pub(crate) fn look_at_watch(&mut self, at: At, via: Via, kept: Kept, next: Target) {
         let from = self.asm.label();
         let flag = match via {
             Via::Buffer => mem(R15, FLAG),
             Via::Recent(number) => hot(at::recent(number) + FLAG),
         };
-        self.asm.load(R15, flag);
-        self.asm.ins(op(0x80), 7, mem(R15, 0));
+        self.asm.load(R14, flag);
+        self.asm.ins(op(0x80), 7, mem(R14, 0));
         self.asm.u8(0);
         self.asm.jcc(cc::NE, from);
         self.cold.push(Cold::Watched {
@@ -328,6 +370,17 @@ impl Compiler<'_> {
         self.asm.load(R14, hot(at::INSTRUCTIONS));
         self.asm.lea(R14, mem(R14, by));
         self.asm.store(hot(at::INSTRUCTIONS), R14);
+    }
+
+    /// Counts the instructions of the block, at its start. Uses R14 where flags matter.
+    pub(crate) fn count_block(&mut self, flags_matter: bool) {
+        match i8::try_from(self.count) {
+            Ok(count) if !flags_matter => {
+                self.asm.ins(op64(0x83), 0, hot(at::INSTRUCTIONS));
+                self.asm.u8(count as u8);
+            }
+            _ => self.count_instructions(self.count),
+        }
     }
 
     /// Before the first instruction of the block that needs the x87 unit. Keeps flags.
@@ -354,6 +407,7 @@ impl Compiler<'_> {
 
     /// The interpreter does this operation, here.
     pub(crate) fn call_interpreter(&mut self, at: At) {
+        self.look_at_stores(at);
         let number = self.op_number(at);
         self.asm.mov_u32(R15, number);
         self.asm.call(self.stubs.run_op);
@@ -361,6 +415,7 @@ impl Compiler<'_> {
 
     /// The interpreter does this operation, which ends the block.
     pub(crate) fn end_by_interpreter(&mut self, at: At) {
+        self.look_at_stores(at);
         let number = self.op_number(at);
         self.asm.mov_u32(R15, number);
         self.asm.jmp(self.stubs.run_last);

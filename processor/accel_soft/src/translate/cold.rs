@@ -11,11 +11,11 @@ pub(crate) enum Cold {
     /// The interpreter does the operation.
     Slow {
         from: Label,
-        back: Label,
+        rejoin: Rejoin,
         op: u32,
         kept: Kept,
     },
-    /// A store has hit a watched page.
+    /// A store has hit a watched page, whose flag byte R14 points to.
     Watched {
         from: Label,
         kept: Kept,
@@ -34,6 +34,8 @@ pub(crate) enum Cold {
         number: usize,
         write: bool,
         op: u32,
+        /// R15 is to be kept.
+        holds: bool,
     },
     /// The x87 unit is not in the host's.
     LoadX87 { from: Label, op: u32, back: Label },
@@ -54,6 +56,16 @@ pub(crate) enum Cold {
     },
 }
 
+/// Where the interpreter goes on behind an instruction.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Rejoin {
+    /// In the block.
+    Back(Label),
+    /// As a jump to this place in the page would: R15 held something that is no more. So many instructions of the block are
+    /// not executed then.
+    Next { place: i32, rest: i32 },
+}
+
 /// Where to go on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Target {
@@ -71,10 +83,10 @@ impl Compiler<'_> {
             match this {
                 Cold::Slow {
                     from,
-                    back,
+                    rejoin,
                     op,
                     kept,
-                } => self.put_slow(from, back, op, kept),
+                } => self.put_slow(from, rejoin, op, kept),
                 Cold::Watched {
                     from,
                     kept,
@@ -94,12 +106,19 @@ impl Compiler<'_> {
                     number,
                     write,
                     op,
+                    holds,
                 } => {
                     self.asm.bind(from);
+                    if holds {
+                        self.asm.store(hot(at::HELD), R15);
+                    }
                     if number != way::SUPERVISOR_STACK {
                         self.asm.mov_u32(R15, op * size_of::<OpPlace>() as u32);
                     }
                     self.asm.call(self.stubs.find[number][usize::from(write)]);
+                    if holds {
+                        self.asm.load(R15, hot(at::HELD));
+                    }
                     self.asm.alu_i(7, R14, 4096 - size as i32);
                     self.asm.jcc(cc::BE, back);
                     let follows =
@@ -124,16 +143,36 @@ impl Compiler<'_> {
         }
     }
 
-    fn put_slow(&mut self, from: Label, back: Label, op: u32, kept: Kept) {
+    fn put_slow(&mut self, from: Label, rejoin: Rejoin, op: u32, kept: Kept) {
         self.asm.bind(from);
         self.restore_flags(kept);
         self.asm.mov_u32(R15, op);
         self.asm.call(self.stubs.run_op);
-        self.asm.jmp_label(back);
+        let (place, rest) = match rejoin {
+            Rejoin::Back(label) => {
+                self.asm.jmp_label(label);
+                return;
+            }
+            Rejoin::Next { place, rest } => (place, rest),
+        };
+        self.count_instructions(-rest);
+        if self.is_linkable(place) {
+            let from = self.asm.label();
+            let at = self.asm.jmp_label(from);
+            self.asm.bind(from);
+            let link = self.add_link(at, place);
+            self.asm.mov_u32(R15, link);
+            self.asm.jmp(self.stubs.link);
+        } else {
+            self.address_in_page(place);
+            self.asm.store(hot(at::RIP), R14);
+            self.asm.jmp(self.stubs.exit);
+        }
     }
 
     fn put_watched(&mut self, from: Label, kept: Kept, next: Target, rest: i32) {
         self.asm.bind(from);
+        self.asm.mov(R15, R14);
         if rest != 0 {
             self.count_instructions(-rest);
         }

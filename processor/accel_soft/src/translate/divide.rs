@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
 use super::code::{At, Compiler, Kept};
-use super::cold::Cold;
+use super::cold::{Cold, Rejoin};
 use super::emit::{Opcode, R14, R15, RAX, RDX, Rm, cc, hot, mem, op, op64};
 use super::registers::{Place, place};
 
@@ -61,7 +61,7 @@ impl Compiler<'_> {
         self.asm.bind(back);
         self.cold.push(Cold::Slow {
             from: slow,
-            back,
+            rejoin: Rejoin::Back(back),
             op: self.op_number(at),
             kept: Kept::Nowhere,
         });

@@ -3,7 +3,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
 
-use super::jumps::Jumps;
+use super::jumps::{Jump, Jumps};
 use crate::cpu::{Cpu, Op};
 use crate::mmu::{DataEntry, RecentPages, Tlb};
 use crate::simd::Vectors;
@@ -15,7 +15,7 @@ pub(crate) struct Hot {
     /// The word of events that other threads raise.
     pub(crate) events: *const AtomicU32,
     /// The table of indirect jumps ([`super::jumps`]).
-    pub(crate) jumps: *const u64,
+    pub(crate) jumps: *const Jump,
     /// What stands for the mode and the translations of addresses in that table: a number in the top 16 bits.
     pub(crate) key: u64,
     /// RIP of the running code less its place in its page.
@@ -24,8 +24,6 @@ pub(crate) struct Hot {
     pub(crate) spilled: [u64; 3],
     /// For values that outgrow the scratch registers.
     pub(crate) scratch: [u64; 4],
-    /// An operation whose memory operand is in another page too often, or null.
-    pub(crate) scattered: *const OpPlace,
 }
 
 /// What is known of a decoded operation besides what it does. The stubs count misses here.
@@ -63,6 +61,12 @@ pub(crate) struct Gate {
     pub(crate) host_mxcsr: u32,
     /// What [`Hot::key`] was made of: a change means another key.
     pub(crate) key_of: (u16, u64),
+    /// An operation whose memory operand is in another page too often, or null.
+    pub(crate) scattered: *const OpPlace,
+    /// Status flags for a moment, as LAHF and SETO give them.
+    saved_flags: u64,
+    /// A host address that R15 holds through a block, while R15 is used for something else.
+    held: u64,
     /// The table that [`Hot::jumps`] is of, while translated code runs.
     pub(crate) jumps: *mut Jumps,
 }
@@ -76,6 +80,9 @@ impl Gate {
             places: std::ptr::null(),
             host_mxcsr: 0x1f80,
             key_of: (0, 0),
+            scattered: std::ptr::null(),
+            saved_flags: 0,
+            held: 0,
             jumps: std::ptr::null_mut(),
         }
     }
@@ -91,7 +98,6 @@ impl Hot {
             key: 0,
             page: 0,
             scratch: [0; 4],
-            scattered: std::ptr::null(),
         }
     }
 }
@@ -122,14 +128,19 @@ pub(crate) mod at {
     pub(crate) const PAGE: i32 = (HOT + offset_of!(Hot, page)) as i32;
     /// [`Hot::scratch`]: RAX or RCX for a moment.
     pub(crate) const SAVED_REGISTER: i32 = (HOT + offset_of!(Hot, scratch)) as i32;
-    /// Status flags for a moment, as LAHF and SETO give them.
-    pub(crate) const SAVED_FLAGS: i32 = SAVED_REGISTER + 8;
+    /// Where the flag byte is of the page that R15 holds an address in.
+    pub(crate) const HELD_FLAG: i32 = SAVED_REGISTER + 8;
+    /// [`Gate::saved_flags`].
+    pub(crate) const SAVED_FLAGS: i32 =
+        (offset_of!(Cpu, gate) + offset_of!(Gate, saved_flags)) as i32;
+    /// [`Gate::held`].
+    pub(crate) const HELD: i32 = (offset_of!(Cpu, gate) + offset_of!(Gate, held)) as i32;
     /// An entry of the translation buffer, or a target, for a moment.
     pub(crate) const SAVED_ENTRY: i32 = SAVED_REGISTER + 16;
     /// An address, while its page is looked up.
     pub(crate) const SAVED_ADDRESS: i32 = SAVED_REGISTER + 24;
-    /// [`Hot::scattered`].
-    pub(crate) const SCATTERED: i32 = (HOT + offset_of!(Hot, scattered)) as i32;
+    /// [`Gate::scattered`].
+    pub(crate) const SCATTERED: i32 = (offset_of!(Cpu, gate) + offset_of!(Gate, scattered)) as i32;
     /// [`Gate::places`].
     pub(crate) const PLACES: i32 = (offset_of!(Cpu, gate) + offset_of!(Gate, places)) as i32;
     /// [`Cpu::status`].
@@ -153,5 +164,5 @@ pub(crate) mod at {
     pub(crate) const YMM: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, ymm)) as i32;
     /// MXCSR.
     pub(crate) const MXCSR: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, mxcsr)) as i32;
-    const _: () = assert!(PAGE < 128 && TLB < 128 && YMM % 32 == 0);
+    const _: () = assert!(INSTRUCTIONS < 128 && TLB < 128 && YMM % 32 == 0);
 }

@@ -11,12 +11,16 @@ use std::collections::HashMap;
 const ENTRIES: usize = 1 << 16;
 /// Keys that are found without a search.
 const RECENT: usize = 16;
+
+/// What is found: a tag, and where the code is. They share a line of the host's cache.
+pub(crate) type Jump = [u64; 2];
+
 /// Bytes from a tag to the address of the code.
-pub(crate) const CODES: i32 = (ENTRIES * 8) as i32;
+pub(crate) const CODE: i32 = 8;
 
 /// See the module.
 pub(crate) struct Jumps {
-    words: Box<[u64]>,
+    entries: Box<[Jump]>,
     keys: HashMap<(u16, u64), u64>,
     /// Keys that were asked for lately, by the low bits of what they stand for.
     recent: [((u16, u64), u64); RECENT],
@@ -28,7 +32,7 @@ impl Jumps {
     /// An empty table.
     pub(crate) fn new() -> Self {
         Self {
-            words: vec![0; 2 * ENTRIES].into_boxed_slice(),
+            entries: vec![[0; 2]; ENTRIES].into_boxed_slice(),
             keys: HashMap::new(),
             recent: [((0, 0), 0); RECENT],
             mixes: super::stubs::has_rorx(),
@@ -36,8 +40,8 @@ impl Jumps {
     }
 
     /// Where translated code looks.
-    pub(crate) fn as_ptr(&self) -> *const u64 {
-        self.words.as_ptr()
+    pub(crate) fn as_ptr(&self) -> *const Jump {
+        self.entries.as_ptr()
     }
 
     /// The key of a mode and of a version of the translations.
@@ -73,13 +77,12 @@ impl Jumps {
             sum
         };
         let at = mixed as usize & (ENTRIES - 1);
-        self.words[at] = sum.wrapping_neg();
-        self.words[ENTRIES + at] = code;
+        self.entries[at] = [sum.wrapping_neg(), code];
     }
 
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
-        self.words.fill(0);
+        self.entries.fill([0; 2]);
         self.keys.clear();
         self.recent = [((0, 0), 0); RECENT];
     }

@@ -4,6 +4,8 @@ use std::io::Error;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 const PAGE: usize = 4096;
+/// Bytes of a huge page of the host.
+const HUGE: usize = 2 << 20;
 
 /// Host code, mapped twice: no page is ever writable and executable at one address. Guard pages stand round both mappings.
 pub(crate) struct CodeMemory {
@@ -11,6 +13,8 @@ pub(crate) struct CodeMemory {
     executable: Mapping,
     len: usize,
     used: usize,
+    /// Huge pages made.
+    huge: usize,
 }
 
 // SAFETY: the mappings belong to the value alone.
@@ -19,12 +23,13 @@ unsafe impl Send for CodeMemory {}
 struct Mapping {
     whole: *mut u8,
     size: usize,
+    start: *mut u8,
 }
 
 impl Mapping {
     fn new(file: &OwnedFd, len: usize, protection: i32) -> Result<Self, Error> {
         use std::os::fd::AsRawFd;
-        let size = len + 2 * PAGE;
+        let size = len + 2 * PAGE + HUGE;
         // SAFETY: a fresh reservation at an address of the host's choosing; the fixed mapping replaces its inside.
         unsafe {
             let whole = libc::mmap(
@@ -38,12 +43,15 @@ impl Mapping {
             if whole == libc::MAP_FAILED {
                 return Err(Error::last_os_error());
             }
+            let whole = whole.cast::<u8>();
+            let to_boundary = (whole as usize + PAGE).next_multiple_of(HUGE) - whole as usize;
             let mapping = Self {
-                whole: whole.cast(),
+                whole,
                 size,
+                start: whole.add(to_boundary),
             };
             let inside = libc::mmap(
-                mapping.start().cast(),
+                mapping.start.cast(),
                 len,
                 protection,
                 libc::MAP_SHARED | libc::MAP_FIXED,
@@ -57,8 +65,12 @@ impl Mapping {
         }
     }
 
-    fn start(&self) -> *mut u8 {
-        self.whole.wrapping_add(PAGE)
+    /// Makes a huge page of small ones that hold something.
+    fn collapse(&self, at: usize) {
+        /// Linux 6.1: `include/uapi/asm-generic/mman-common.h`.
+        const MADV_COLLAPSE: i32 = 25;
+        // SAFETY: the advice changes nothing but how the pages of the own mapping are kept; a host that can't refuses.
+        unsafe { libc::madvise(self.start.add(at).cast(), HUGE, MADV_COLLAPSE) };
     }
 }
 
@@ -94,17 +106,18 @@ impl CodeMemory {
             executable: Mapping::new(&file, len, libc::PROT_READ | libc::PROT_EXEC)?,
             len,
             used: 0,
+            huge: 0,
         })
     }
 
     /// The address at which the next code will be executed.
     pub(crate) fn next(&self) -> u64 {
-        self.executable.start() as u64 + self.used as u64
+        self.executable.start as u64 + self.used as u64
     }
 
     /// The address at which the first code is executed.
     pub(crate) fn start(&self) -> u64 {
-        self.executable.start() as u64
+        self.executable.start as u64
     }
 
     /// Bytes in use.
@@ -128,11 +141,22 @@ impl CodeMemory {
         unsafe {
             std::ptr::copy_nonoverlapping(
                 code.as_ptr(),
-                self.writable.start().add(self.used),
+                self.writable.start.add(self.used),
                 code.len(),
             );
         }
+        self.collapse_full(self.used, end);
         self.used = end;
+    }
+
+    /// Code that is spread over hundreds of pages misses in the host's own translation buffer: what is full becomes a huge page.
+    fn collapse_full(&mut self, from: usize, to: usize) {
+        let full = to / HUGE;
+        if full > from / HUGE && full > self.huge {
+            self.huge = full;
+            self.writable.collapse((full - 1) * HUGE);
+            self.executable.collapse((full - 1) * HUGE);
+        }
     }
 
     /// Forgets all code behind the first `keep` bytes.
@@ -142,12 +166,12 @@ impl CodeMemory {
 
     /// Replaces four bytes of code at an executable address.
     pub(crate) fn patch(&mut self, at: u64, value: u32) {
-        let offset = (at - self.executable.start() as u64) as usize;
+        let offset = (at - self.executable.start as u64) as usize;
         assert!(offset + 4 <= self.used);
         // SAFETY: inside the mapping.
         unsafe {
             self.writable
-                .start()
+                .start
                 .add(offset)
                 .cast::<u32>()
                 .write_unaligned(value);
@@ -156,12 +180,12 @@ impl CodeMemory {
 
     /// Five bytes of code at an executable address.
     pub(crate) fn bytes(&self, at: u64) -> [u8; 5] {
-        let offset = (at - self.executable.start() as u64) as usize;
+        let offset = (at - self.executable.start as u64) as usize;
         assert!(offset + 5 <= self.used);
         // SAFETY: inside the mapping.
         unsafe {
             self.writable
-                .start()
+                .start
                 .add(offset)
                 .cast::<[u8; 5]>()
                 .read_unaligned()
@@ -170,12 +194,12 @@ impl CodeMemory {
 
     /// Replaces code at an executable address.
     pub(crate) fn put(&mut self, at: u64, bytes: &[u8; 5]) {
-        let offset = (at - self.executable.start() as u64) as usize;
+        let offset = (at - self.executable.start as u64) as usize;
         assert!(offset + 5 <= self.used);
         // SAFETY: inside the mapping.
         unsafe {
             self.writable
-                .start()
+                .start
                 .add(offset)
                 .cast::<[u8; 5]>()
                 .write_unaligned(*bytes)

@@ -3,6 +3,7 @@
 //! | Module | What |
 //! | --- | --- |
 //! | `code`, `cold` | a compiler of blocks: memory operands, flags; what goes out of line |
+//! | `held` | one look-up for several accesses to one object |
 //! | `native` | instructions that are executed as they are |
 //! | `branch`, `divide` | branches and the stack; division |
 //! | `shape`, `encoding`, `flags`, `liveness` | what there is to know of an instruction |
@@ -23,6 +24,7 @@ mod emit;
 mod encoding;
 mod flags;
 mod fpu;
+mod held;
 mod home;
 mod hot;
 mod jumps;
@@ -39,7 +41,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use accel::TranslationStatistics;
-use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
+use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory, OpKind};
 
 pub(crate) use home::Home;
 use hot::OpPlace;
@@ -93,6 +95,8 @@ pub(crate) struct Code {
     x87_first: bool,
     /// Runs so far.
     pub(crate) runs: u16,
+    /// The low bits of the number of the page, as the guest had it where the block was met first.
+    pub(crate) page_number: u8,
 }
 
 impl Code {
@@ -128,6 +132,8 @@ pub(crate) struct Translator {
     /// Entries of stale code, by what it was compiled of.
     dead: HashMap<(usize, u16), Vec<u64>>,
     places: Vec<OpPlace>,
+    /// Tells which registers instructions change.
+    registers: InstructionInfoFactory,
     /// The host has RORX.
     has_rorx: bool,
     /// Bytes of common code.
@@ -161,6 +167,7 @@ impl Translator {
             pages: HashMap::new(),
             dead: HashMap::new(),
             places: Vec::with_capacity(MAX_OPS),
+            registers: InstructionInfoFactory::new(),
             has_rorx: stubs::has_rorx(),
             common,
             statistics: TranslationStatistics::default(),
@@ -370,11 +377,20 @@ impl Translator {
             count: i32::from(this.count),
             first_op: first_op as u32,
             scattered,
+            page_number: this.code.page_number,
+            ops: this.ops,
+            instructions: &instructions,
+            bytes,
+            registers: &mut self.registers,
+            accesses: Vec::new(),
+            held: None,
+            keeps_held: false,
+            unlooked: false,
             cold: Vec::new(),
             links: Vec::new(),
             first_link: self.links.len() as u32,
         };
-        let entries = c.block(this, &instructions, bytes);
+        let entries = c.block(this);
         let links = std::mem::take(&mut c.links);
         drop(c);
         self.asm.finish();
@@ -466,12 +482,9 @@ impl Translator {
 
 impl Compiler<'_> {
     /// Compiles a block. Gives where its near entry and the way out of stale code are.
-    fn block(
-        &mut self,
-        block: &Block,
-        instructions: &[(Instruction, usize)],
-        bytes: &[u8],
-    ) -> (usize, usize) {
+    fn block(&mut self, block: &Block) -> (usize, usize) {
+        let instructions = self.instructions;
+        self.accesses = self.find_accesses();
         // The far entry: R14 is the address.
         self.asm.ins(
             self.wide(0x8d),
@@ -480,27 +493,24 @@ impl Compiler<'_> {
         );
         self.asm.store(emit::hot(hot::at::PAGE), emit::R14);
         let near = self.asm.len();
-        self.count_instructions(self.count);
         let live = self.liveness(block, instructions);
+        self.count_block(live[0] != 0);
         let mut ended = false;
-        let mut place = 0;
         for (k, (i, immediate_at)) in instructions.iter().enumerate() {
-            let length = i.len();
-            // SAFETY: a block has as many operations as instructions, and one more.
-            let op = unsafe { &*block.ops.add(k) };
             let at = At {
                 i,
-                op,
+                op: self.op(k),
                 k,
                 live_before: live[k] != 0,
                 live_after: live[k + 1] != 0,
             };
-            let own = &bytes[place..place + length];
-            place += length;
             let last = k + 1 == instructions.len();
-            if self.template(at, own, *immediate_at, last, &mut ended) {
+            self.before_instruction(at);
+            if self.template(at, self.own_bytes(k), *immediate_at, last, &mut ended) {
+                self.after_instruction(at);
                 continue;
             }
+            self.held = None;
             if last {
                 self.end_by_interpreter(at);
                 ended = true;
@@ -510,15 +520,14 @@ impl Compiler<'_> {
         }
         if !ended {
             let k = instructions.len() - 1;
-            // SAFETY: as above.
-            let op = unsafe { &*block.ops.add(k) };
             let at = At {
                 i: &instructions[k].0,
-                op,
+                op: self.op(k),
                 k,
                 live_before: true,
                 live_after: true,
             };
+            self.look_at_last_stores(at);
             self.fall_through(at);
         }
         // A block of fewer bytes than a jump would be overwritten beyond its end.
@@ -598,6 +607,7 @@ impl Compiler<'_> {
             return false;
         }
         if native::is_nop(at.i) {
+            self.keeps_held = true;
             return true;
         }
         if shape::is_branch(at.i) {

@@ -3,13 +3,14 @@
 use iced_x86::{Instruction, Mnemonic as M};
 
 use super::code::{At, Compiler, Kept, Via};
-use super::cold::{Cold, Target};
+use super::cold::{Cold, Rejoin, Target};
 use super::emit::{Opcode, R14, R15, Reg, Rm, hot, mem};
 use super::encoding::Encoding;
 use super::flags;
 use super::hot::at;
 use super::registers::{Place, place};
 use super::shape::{Memory, Shape};
+use crate::cpu::FLAT;
 
 /// A register that an encoding names, in the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,6 +91,7 @@ impl Compiler<'_> {
         if !self.effective_address(at, R14) {
             return false;
         }
+        self.keeps_held = !both_in_memory(at.i);
         // A 32-bit result of a 64-bit address.
         if reg != R14 || !e.w() {
             let byte = if e.w() {
@@ -106,7 +108,7 @@ impl Compiler<'_> {
     }
 
     fn on_registers(&mut self, at: At, e: &Encoding, s: &Shape, bytes: &[u8]) -> bool {
-        let mut temporaries = vec![R14, R15];
+        let mut temporaries = vec![R15, R14];
         let mut taken = Vec::new();
         let opcode_register = s.opcode;
         let mut named = |number, general, byte: bool| {
@@ -142,6 +144,7 @@ impl Compiler<'_> {
             .iter()
             .all(|n| matches!(n, Named::Kept(_) | Named::High(_)));
         if same && !is_short_inc(e, self.code64()) && !e.has_odd_prefixes {
+            self.keeps_held = !super::shape::is_x87(at.i);
             self.asm.bytes.extend_from_slice(bytes);
             return true;
         }
@@ -154,6 +157,7 @@ impl Compiler<'_> {
         {
             return false;
         }
+        self.keeps_held = !temporaries.is_empty() && !super::shape::is_x87(at.i);
         for (place, temporary) in &taken {
             self.asm.load(*temporary, hot(*place));
         }
@@ -247,6 +251,40 @@ impl Compiler<'_> {
         if matches!(reg, Named::High(_)) {
             return false;
         }
+        if taken.len() < 2
+            && let Some(from) = self.held_access(at)
+        {
+            // The scratch register is taken: the other one is free.
+            let other = |named: Named| match named {
+                Named::Spilled(..) => R14,
+                named => named.number(),
+            };
+            let (reg, second) = (other(reg), other(second));
+            let taken = taken.first().map(|(place, _)| *place);
+            if let Some(place) = taken {
+                self.asm.load(R14, hot(place));
+            }
+            self.encode(e, reg, mem(R15, from), second, bytes, s.bytes());
+            if let Some(place) = taken
+                && !self.leaves_registers(at, s)
+            {
+                self.asm.store(hot(place), R14);
+            }
+            if s.memory != Memory::Read {
+                self.stored(at, Target::Page(self.next_place(at)));
+            }
+            return true;
+        }
+        let via = self.via(at);
+        self.keeps_held = self.held.is_some()
+            && via != Via::Buffer
+            && at.op.seg >= FLAT
+            && taken.is_empty()
+            && !both_in_memory(at.i)
+            && !super::shape::is_x87(at.i);
+        if !self.keeps_held {
+            self.held = None;
+        }
         if !self.linear_address(at) {
             return false;
         }
@@ -265,11 +303,15 @@ impl Compiler<'_> {
         if s.align != 0 {
             self.check_alignment(s.align, slow);
         }
-        let via = self.via(at);
         self.translate(at, via, size, writes, slow);
+        let rejoin = if self.keeps_held {
+            self.rejoin_next(at)
+        } else {
+            Rejoin::Back(back)
+        };
         self.cold.push(Cold::Slow {
             from: slow,
-            back,
+            rejoin,
             op: self.op_number(at),
             kept,
         });
@@ -291,8 +333,7 @@ impl Compiler<'_> {
             bytes,
             s.bytes(),
         );
-        let read_only = only_reads(at.i.mnemonic()) || s.memory == Memory::Write;
-        if !read_only {
+        if !self.leaves_registers(at, s) {
             for (place, temporary) in &taken {
                 self.asm.store(hot(*place), *temporary);
             }
@@ -305,6 +346,11 @@ impl Compiler<'_> {
         }
         self.asm.bind(back);
         true
+    }
+
+    /// True when an instruction with a memory operand leaves its register operands as they are.
+    fn leaves_registers(&self, at: At, s: &Shape) -> bool {
+        only_reads(at.i.mnemonic()) || s.memory == Memory::Write
     }
 
     /// What comes after an instruction that has written to memory. The flags are where they belong when `restored`, else where
@@ -322,6 +368,13 @@ impl Compiler<'_> {
         self.look_at_watch(at, via, kept, next);
         self.restore_flags(kept);
     }
+}
+
+/// True when base and index of the memory operand are both in memory: both temporaries are needed then.
+fn both_in_memory(i: &Instruction) -> bool {
+    let in_memory =
+        |r: iced_x86::Register| r.is_gpr() && matches!(place(r.number() as u8), Place::Frame(_));
+    in_memory(i.memory_base()) && in_memory(i.memory_index())
 }
 
 /// INC or DEC in the opcodes that are REX prefixes in 64-bit code.

@@ -274,7 +274,7 @@ pub(crate) fn has_rorx() -> bool {
 
 /// Goes to the translated code of the address in R14, or, when there is none, to `miss` with `Cpu::rip` set. Flags are kept.
 pub(crate) fn lookup(asm: &mut Asm, has_rorx: bool, miss: impl FnOnce(&mut Asm)) {
-    asm.store(hot(at::RIP), R14);
+    asm.store(hot(at::SAVED_ADDRESS), R14);
     asm.store(hot(at::SAVED_REGISTER), RCX);
     asm.load(RCX, hot(at::KEY));
     asm.lea(R14, Rm::Mem(Some(R14), Some((RCX, 0)), 0));
@@ -287,18 +287,21 @@ pub(crate) fn lookup(asm: &mut Asm, has_rorx: bool, miss: impl FnOnce(&mut Asm))
         asm.ins(np(0xb7), R15, Rm::Reg(R14));
     }
     asm.load(RCX, hot(at::JUMPS));
+    asm.lea(R15, Rm::Mem(Some(R15), Some((R15, 0)), 0));
     asm.lea(R15, Rm::Mem(Some(RCX), Some((R15, 3)), 0));
     asm.load(RCX, mem(R15, 0));
     asm.lea(RCX, Rm::Mem(Some(RCX), Some((R14, 0)), 0));
     jrcxz(asm, 0);
     let from = asm.len();
     asm.load(RCX, hot(at::SAVED_REGISTER));
+    asm.load(R14, hot(at::SAVED_ADDRESS));
+    asm.store(hot(at::RIP), R14);
     miss(asm);
     let distance = asm.len() - from;
     asm.bytes[from - 1] = u8::try_from(distance).expect("a short way out");
     asm.load(RCX, hot(at::SAVED_REGISTER));
-    asm.load(R14, hot(at::RIP));
-    asm.ins(op(0xff), 4, mem(R15, super::jumps::CODES));
+    asm.load(R14, hot(at::SAVED_ADDRESS));
+    asm.ins(op(0xff), 4, mem(R15, super::jumps::CODE));
 }
 
 /// Puts the common code at the start of the cache.
