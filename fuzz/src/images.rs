@@ -8,12 +8,13 @@ use block::{
     MemoryMedium, OpenGate, Refusing, Scope, ZeroFlags, executor,
 };
 use image_formats::deflate::Deflater;
+use image_formats::luks::{Luks, Secret};
 use image_formats::qcow2::{OpenOptions, Qcow2, Repair};
 use image_formats::vdi::Vdi;
 use image_formats::vhdx::Vhdx;
 use image_formats::vmdk::Vmdk;
 use image_formats::vpc::Vpc;
-use image_formats::{ImageFormat, bochs, cloop, parallels, qed};
+use image_formats::{ImageFormat, bochs, cloop, dmg, parallels, qed};
 
 /// Opens any bytes as a qcow2 image, reads, checks, writes, repairs. Nothing may panic or hang.
 pub fn qcow2(data: &[u8]) {
@@ -236,6 +237,23 @@ pub fn vdi(data: &[u8]) {
     .expect("an executor");
 }
 
+/// Opens pieces as a LUKS volume, with a password and without. Keys are derived quickly.
+pub fn luks(data: &[u8]) {
+    let mut bytes = scattered(data);
+    for at in [164].into_iter().chain((0..8).map(|n| 208 + n * 48 + 4)) {
+        if let Some([high @ .., a, _]) = bytes.get_mut(at..at + 4) {
+            high.fill(0);
+            *a &= 3;
+        }
+    }
+    executor::block_on(async {
+        use_format(Luks::open(memory(bytes.clone()), None).await).await;
+        let secret = Secret::new(b"open sesame");
+        use_format(Luks::open(memory(bytes), Some(&secret)).await).await;
+    })
+    .expect("an executor");
+}
+
 /// Opens pieces as a QED image.
 pub fn qed(data: &[u8]) {
     executor::block_on(async {
@@ -256,6 +274,14 @@ pub fn parallels(data: &[u8]) {
 pub fn bochs(data: &[u8]) {
     executor::block_on(async {
         use_format(bochs::open(memory(scattered(data))).await).await;
+    })
+    .expect("an executor");
+}
+
+/// Opens any bytes as an Apple disk image.
+pub fn dmg(data: &[u8]) {
+    executor::block_on(async {
+        use_format(dmg::open(memory(data.to_vec())).await).await;
     })
     .expect("an executor");
 }

@@ -1,6 +1,8 @@
 //! Command lines as `qemu-img` takes them: short options alone, joined or with values, long options,
 //! mixed with file names.
 
+use image_formats::luks::Secret;
+
 use super::Failure;
 
 /// An option that a verb takes.
@@ -38,6 +40,10 @@ pub(crate) struct Parsed {
     options: Vec<(char, String)>,
     /// What is no option: file names and sizes.
     pub(crate) names: Vec<String>,
+    /// Passwords, by their ids.
+    pub(crate) secrets: Vec<(String, Secret)>,
+    /// The password that `--image-opts` names.
+    pub(crate) key: Option<Secret>,
 }
 
 /// Takes a command line apart.
@@ -114,6 +120,11 @@ fn parse_letters(
 }
 
 impl Parsed {
+    /// Takes an option as given.
+    pub(crate) fn add(&mut self, short: char, value: &str) {
+        self.options.push((short, value.to_owned()));
+    }
+
     /// Whether a flag was given.
     pub(crate) fn has(&self, short: char) -> bool {
         self.options.iter().any(|(s, _)| *s == short)

@@ -17,7 +17,6 @@ pub(crate) async fn check(tool: Tool, rest: &[String]) -> Outcome {
         flag('q', "quiet"),
         flag('U', "force-share"),
         flag('I', "image-opts"),
-        value('O', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let json = parsed.json()?;

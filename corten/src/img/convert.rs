@@ -34,7 +34,6 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         value('S', "sparse-size"),
         value('m', "parallel"),
         value('l', "snapshot"),
-        value('J', "object"),
         flag('c', "compress"),
         flag('p', "progress"),
         flag('q', "quiet"),
@@ -92,11 +91,13 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         format: Some(format.to_owned()),
         write: true,
         cache: cache(&parsed, 't', CacheMode::Unsafe)?,
+        secret: None,
         ..tool.options(&parsed)
     };
     let pairs = key_values(&parsed.all(&['o']));
     let image = if create {
-        let mut spec = ImageSpec::new(format, Some(total), &pairs, backing, parsed.get('F'))?;
+        let mut spec = ImageSpec::new(format, Some(total), &pairs, backing, parsed.get('F'))?
+            .with_secrets(&parsed)?;
         let backing = spec.qcow2.backing_file.clone();
         if let Some(backing) = &backing
             && spec.qcow2.backing_format.is_none()
@@ -131,7 +132,8 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     if disk.size() < total {
         return Err(Failure::plain("output file is smaller than input file"));
     }
-    let is_new_file = create && !is_block_device(target) && backing.is_none();
+    // A new encrypted disk reads as anything.
+    let is_new_file = create && !is_block_device(target) && backing.is_none() && format != "luks";
     let sparse_size = match parsed.get('S') {
         None => 4096,
         Some(text) => size(text)
@@ -217,7 +219,6 @@ pub(crate) async fn dd(tool: Tool, rest: &[String]) -> Outcome {
         value('O', "output-format"),
         flag('U', "force-share"),
         flag('I', "image-opts"),
-        value('J', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let (mut input, mut output) = (None, None);
@@ -301,7 +302,6 @@ pub(crate) async fn compare(tool: Tool, rest: &[String]) -> Outcome {
         flag('q', "quiet"),
         flag('U', "force-share"),
         flag('I', "image-opts"),
-        value('O', "object"),
     ];
     let failed = |f: Failure| f.with_code(2);
     let parsed = tool

@@ -8,11 +8,11 @@ use image_formats::{
     Image, ImageOptions, NewImage, Opener, create_file, open_image, probe, resolve_name,
 };
 
-use super::args::{flag, key_values, size, value};
+use super::args::{Parsed, flag, key_values, size, value};
 use super::formats;
 use super::output::say;
 use super::sizes::preallocate_raw;
-use super::{Failure, Outcome, Tool};
+use super::{Failure, Outcome, Tool, secrets};
 
 /// A format and its options.
 pub(crate) struct ImageSpec {
@@ -103,6 +103,16 @@ impl ImageSpec {
         Ok(())
     }
 
+    /// Finds the password that the options name.
+    pub(crate) fn with_secrets(mut self, parsed: &Parsed) -> Result<Self, Failure> {
+        if let Some(NewImage::Luks(luks)) = &mut self.other
+            && let Some(id) = &luks.key_secret
+        {
+            luks.secret = Some(secrets::find(&parsed.secrets, id)?);
+        }
+        Ok(self)
+    }
+
     fn set(&mut self, key: &str, value: &str) -> Outcome {
         let number = || {
             size(value).ok_or_else(|| {
@@ -185,6 +195,10 @@ impl ImageSpec {
             format: Some(format.to_owned()),
             write: true,
             backing: open_backing,
+            secret: match &self.other {
+                Some(NewImage::Luks(luks)) => luks.secret.clone(),
+                _ => None,
+            },
             ..options.clone()
         };
         let opener = Opener::new(options);
@@ -300,7 +314,6 @@ pub(crate) async fn create(tool: Tool, rest: &[String]) -> Outcome {
         value('F', "backing-format"),
         flag('u', "backing-unsafe"),
         flag('q', "quiet"),
-        value('O', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let format = parsed.get('f').unwrap_or("raw");
@@ -323,6 +336,7 @@ pub(crate) async fn create(tool: Tool, rest: &[String]) -> Outcome {
         ..f
     };
     let mut spec = ImageSpec::new(format, disk_size, &pairs, parsed.get('b'), parsed.get('F'))
+        .and_then(|spec| spec.with_secrets(&parsed))
         .map_err(named)?;
     let options = tool.options(&parsed);
     if let Some(backing) = spec.qcow2.backing_file.clone()
@@ -353,6 +367,13 @@ pub(crate) async fn create(tool: Tool, rest: &[String]) -> Outcome {
         )));
     }
     // Refused before the file is touched.
+    if let Some(NewImage::Luks(luks)) = &spec.other
+        && luks.secret.is_none()
+    {
+        return Err(Failure::plain(format!(
+            "{name}: Parameter 'key-secret' is required for cipher"
+        )));
+    }
     if let Some(other) = &spec.other {
         other
             .measure(&[])
@@ -435,7 +456,6 @@ pub(crate) async fn amend(tool: Tool, rest: &[String]) -> Outcome {
         flag('q', "quiet"),
         flag('Z', "force"),
         flag('I', "image-opts"),
-        value('O', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let pairs = key_values(&parsed.all(&['o']));

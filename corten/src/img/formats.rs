@@ -1,5 +1,6 @@
 //! The options of new images of the formats of other products.
 
+use image_formats::luks::{self, Hash, IvGenerator, Mode};
 use image_formats::qcow2::CreateOptions;
 use image_formats::vmdk::{self, Adapter, Subformat};
 use image_formats::{NewImage, Property, Value};
@@ -93,6 +94,38 @@ const VMDK: &[OptionHelp] = &[
     ),
 ];
 
+const LUKS: &[OptionHelp] = &[
+    (
+        "cipher-alg=<str>",
+        "Name of encryption cipher algorithm: aes-128, aes-192 or aes-256 (default)",
+    ),
+    (
+        "cipher-mode=<str>",
+        "Name of encryption cipher mode: xts (default) or cbc",
+    ),
+    (
+        "hash-alg=<str>",
+        "Name of encryption hash algorithm: sha1, sha256 (default) or sha512",
+    ),
+    (
+        "iter-time=<num>",
+        "Time to spend in PBKDF in milliseconds (default: 2000)",
+    ),
+    (
+        "ivgen-alg=<str>",
+        "Name of IV generator algorithm: plain, plain64 (default) or essiv",
+    ),
+    (
+        "ivgen-hash-alg=<str>",
+        "Name of IV generator hash algorithm: sha256",
+    ),
+    (
+        "key-secret=<str>",
+        "ID of the secret that provides the keyslot passphrase",
+    ),
+    SIZE,
+];
+
 /// The options that a format has for new images; `None` if it is not one of these.
 pub(crate) fn option_list(format: &str) -> Option<&'static [OptionHelp]> {
     Some(match format {
@@ -100,6 +133,7 @@ pub(crate) fn option_list(format: &str) -> Option<&'static [OptionHelp]> {
         "vdi" => VDI,
         "vhdx" => VHDX,
         "vmdk" => VMDK,
+        "luks" => LUKS,
         _ => return None,
     })
 }
@@ -150,6 +184,7 @@ pub(crate) fn set(image: &mut NewImage, key: &str, value: &str) -> Result<bool, 
             _ => return Ok(false),
         },
         NewImage::Vmdk(o) => return set_vmdk(o, key, value),
+        NewImage::Luks(o) => return set_luks(o, key, value),
     }
     Ok(true)
 }
@@ -170,6 +205,44 @@ fn set_vmdk(o: &mut vmdk::CreateOptions, key: &str, value: &str) -> Result<bool,
         "hwversion" => o.hardware_version = Some(value.to_owned()).filter(|v| v != "undefined"),
         "toolsversion" => o.tools_version = Some(value.to_owned()),
         "preallocation" => o.preallocation = preallocation(value)?,
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+fn set_luks(o: &mut luks::CreateOptions, key: &str, value: &str) -> Result<bool, Failure> {
+    match key {
+        "cipher-alg" => {
+            o.key_bits = match value {
+                "aes-128" => 128,
+                "aes-192" => 192,
+                "aes-256" => 256,
+                _ => return Err(invalid(value)),
+            }
+        }
+        "cipher-mode" => {
+            o.mode = match value {
+                "xts" => Mode::Xts,
+                "cbc" => Mode::Cbc,
+                _ => return Err(invalid(value)),
+            }
+        }
+        "ivgen-alg" => {
+            o.iv = match value {
+                "plain" => IvGenerator::Plain,
+                "plain64" => IvGenerator::Plain64,
+                "essiv" => IvGenerator::Essiv(Hash::Sha256),
+                _ => return Err(invalid(value)),
+            }
+        }
+        "ivgen-hash-alg" if value == "sha256" => {}
+        "ivgen-hash-alg" => return Err(invalid(value)),
+        "hash-alg" => o.hash = Hash::parse(value)?,
+        "iter-time" => {
+            let time = value.parse().ok().filter(|n| *n > 0);
+            o.iteration_time = time.ok_or_else(|| invalid(value))?;
+        }
+        "key-secret" => o.key_secret = Some(value.to_owned()),
         _ => return Ok(false),
     }
     Ok(true)
@@ -229,6 +302,14 @@ pub(crate) fn describe(image: &NewImage, name: &str, common: &CreateOptions) -> 
             }
             if o.zeroed_grain {
                 text.push_str(" zeroed_grain=on");
+            }
+        }
+        NewImage::Luks(o) => {
+            if let Some(id) = &o.key_secret {
+                text.push_str(&format!(" key-secret={id}"));
+            }
+            if o.iteration_time != luks::CreateOptions::default().iteration_time {
+                text.push_str(&format!(" iter-time={}", o.iteration_time));
             }
         }
     }

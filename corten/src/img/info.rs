@@ -28,7 +28,6 @@ pub(crate) async fn info(tool: Tool, rest: &[String]) -> Outcome {
         flag('U', "force-share"),
         flag('I', "image-opts"),
         value('t', "cache"),
-        value('O', "object"),
         flag('L', "limits"),
     ];
     let parsed = tool.parse(rest, &specs)?;

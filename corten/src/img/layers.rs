@@ -19,7 +19,6 @@ pub(crate) async fn commit(tool: Tool, rest: &[String]) -> Outcome {
         flag('p', "progress"),
         flag('q', "quiet"),
         flag('I', "image-opts"),
-        value('O', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let name = parsed.one_name()?;
@@ -111,7 +110,6 @@ pub(crate) async fn rebase(tool: Tool, rest: &[String]) -> Outcome {
         flag('q', "quiet"),
         flag('U', "force-share"),
         flag('I', "image-opts"),
-        value('O', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let name = parsed.one_name()?;

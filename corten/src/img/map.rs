@@ -17,7 +17,6 @@ pub(crate) async fn map(tool: Tool, rest: &[String]) -> Outcome {
         value('l', "max-length"),
         flag('U', "force-share"),
         flag('I', "image-opts"),
-        value('O', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let json = parsed.json()?;

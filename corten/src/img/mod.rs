@@ -16,6 +16,7 @@ pub(crate) mod info;
 mod layers;
 mod map;
 pub(crate) mod output;
+mod secrets;
 pub(crate) mod sizes;
 mod snapshot;
 mod verify;
@@ -26,7 +27,7 @@ use std::rc::Rc;
 use block::{BlockError, CacheMode, Disk, DiskOptions};
 use image_formats::{External, Image, ImageOptions, open_image};
 
-use args::{Parsed, Spec, flag};
+use args::{Parsed, Spec, flag, value};
 
 /// Why a verb ended without success.
 #[derive(Debug)]
@@ -169,7 +170,10 @@ fn help(program: &str) {
     for (name, what) in VERBS {
         output::say(format!("  {name:<9} {what}"));
     }
-    output::say("\nFormats: raw qcow2");
+    output::say(
+        "\nFormats, read and written: raw qcow2 luks vdi vhdx vmdk vpc\n\
+         Formats, read: bochs cloop dmg parallels qed",
+    );
 }
 
 async fn run(tool: Tool, verb: &str, rest: &[String]) -> Outcome {
@@ -198,6 +202,7 @@ async fn run(tool: Tool, verb: &str, rest: &[String]) -> Outcome {
 
 /// Options of several verbs.
 pub(crate) const ALLOW_EXTERNAL: Spec = flag('E', "allow-external");
+pub(crate) const OBJECT: Spec = value('@', "object");
 pub(crate) const HELP: Spec = flag('h', "help");
 
 /// What an option does that qemu-img does not have.
@@ -211,6 +216,8 @@ fn about(option: &str) -> &'static str {
             "go on with an interrupted conversion: repair TARGET if it is there, compare it with the \
              sources and write what differs (options that shape a new image do not count then)"
         }
+        "object" => "a password: secret,id=ID,data=TEXT or secret,id=ID,file=FILE",
+        "image-opts" => "names are options: driver=FORMAT,file.filename=FILE,key-secret=ID",
         "manifest" => "the manifest to check against (default: IMAGE.blake3)",
         "allow-external" => "open files outside the image's own directory that the image names",
         _ => "",
@@ -221,8 +228,8 @@ impl Tool {
     /// Takes a verb's command line apart; prints its options if that is asked for.
     pub(crate) fn parse(self, rest: &[String], specs: &[Spec]) -> Result<Parsed, Failure> {
         let mut all = specs.to_vec();
-        all.extend([ALLOW_EXTERNAL, HELP]);
-        let parsed = args::parse(rest, &all)?;
+        all.extend([ALLOW_EXTERNAL, OBJECT, HELP]);
+        let mut parsed = args::parse(rest, &all)?;
         if parsed.has('h') {
             for spec in &all {
                 let value = if spec.value { " VALUE" } else { "" };
@@ -242,10 +249,9 @@ impl Tool {
             }
             return Err(Failure::status(0));
         }
+        parsed.secrets = secrets::objects(&parsed.all(&['@']))?;
         if parsed.has('I') {
-            return Err(Failure::plain(
-                "--image-opts is not supported: give file names",
-            ));
+            secrets::image_options(&mut parsed)?;
         }
         Ok(parsed)
     }
@@ -259,6 +265,7 @@ impl Tool {
             } else {
                 External::SameDirectory
             },
+            secret: parsed.key.clone(),
             ..ImageOptions::default()
         }
     }

@@ -23,7 +23,6 @@ pub(crate) async fn resize(tool: Tool, rest: &[String]) -> Outcome {
         flag('S', "shrink"),
         value('P', "preallocation"),
         flag('I', "image-opts"),
-        value('O', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let [name, wanted] = &parsed.names[..] else {
@@ -148,7 +147,6 @@ pub(crate) async fn measure(tool: Tool, rest: &[String]) -> Outcome {
         value('J', "output"),
         flag('U', "force-share"),
         flag('I', "image-opts"),
-        value('B', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let json = parsed.json()?;

@@ -67,7 +67,6 @@ pub(crate) async fn snapshot(tool: Tool, rest: &[String]) -> Outcome {
         flag('q', "quiet"),
         flag('U', "force-share"),
         flag('I', "image-opts"),
-        value('O', "object"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let name = parsed.one_name()?;

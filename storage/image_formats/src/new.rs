@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use block::{ImplicitFile, Medium, OpenGate, Result};
 
-use crate::{vdi, vhdx, vmdk, vpc};
+use crate::{luks, vdi, vhdx, vmdk, vpc};
 
 /// What to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub enum NewImage {
     Vhdx(vhdx::CreateOptions),
     /// VMDK.
     Vmdk(vmdk::CreateOptions),
+    /// LUKS1.
+    Luks(luks::CreateOptions),
 }
 
 impl NewImage {
@@ -27,6 +29,7 @@ impl NewImage {
             Self::Vdi(_) => "vdi",
             Self::Vhdx(_) => "vhdx",
             Self::Vmdk(_) => "vmdk",
+            Self::Luks(_) => "luks",
         }
     }
 
@@ -37,6 +40,7 @@ impl NewImage {
             "vdi" => Self::Vdi(vdi::CreateOptions::default()),
             "vhdx" => Self::Vhdx(vhdx::CreateOptions::default()),
             "vmdk" => Self::Vmdk(vmdk::CreateOptions::default()),
+            "luks" => Self::Luks(luks::CreateOptions::default()),
             _ => return None,
         })
     }
@@ -48,6 +52,7 @@ impl NewImage {
             Self::Vdi(o) => o.size,
             Self::Vhdx(o) => o.size,
             Self::Vmdk(o) => o.size,
+            Self::Luks(o) => o.size,
         }
     }
 
@@ -58,6 +63,7 @@ impl NewImage {
             Self::Vdi(o) => o.size = size,
             Self::Vhdx(o) => o.size = size,
             Self::Vmdk(o) => o.size = size,
+            Self::Luks(o) => o.size = size,
         }
     }
 
@@ -65,7 +71,7 @@ impl NewImage {
     pub fn backing(&self) -> Option<&str> {
         match self {
             Self::Vpc(o) => o.parent.as_deref(),
-            Self::Vdi(_) => None,
+            Self::Vdi(_) | Self::Luks(_) => None,
             Self::Vhdx(o) => o.parent.as_deref(),
             Self::Vmdk(o) => o.parent.as_deref(),
         }
@@ -75,7 +81,7 @@ impl NewImage {
     pub fn set_backing(&mut self, name: Option<String>) -> bool {
         match self {
             Self::Vpc(o) => o.parent = name,
-            Self::Vdi(_) => return false,
+            Self::Vdi(_) | Self::Luks(_) => return false,
             Self::Vhdx(o) => o.parent = name,
             Self::Vmdk(o) => o.parent = name,
         }
@@ -86,7 +92,7 @@ impl NewImage {
     /// image makes them first, empty.
     pub fn files(&self, name: &str) -> Vec<String> {
         match self {
-            Self::Vpc(_) | Self::Vdi(_) | Self::Vhdx(_) => Vec::new(),
+            Self::Vpc(_) | Self::Vdi(_) | Self::Vhdx(_) | Self::Luks(_) => Vec::new(),
             Self::Vmdk(o) => vmdk::files(o, name),
         }
     }
@@ -117,6 +123,7 @@ impl NewImage {
             Self::Vdi(options) => vdi::create(medium, options).await,
             Self::Vhdx(options) => vhdx::create(medium, options, parent.as_deref()).await,
             Self::Vmdk(options) => vmdk::create(medium, options, parent.as_deref(), gate).await,
+            Self::Luks(options) => luks::create(medium, options).await,
         }
     }
 
@@ -131,6 +138,7 @@ impl NewImage {
             Self::Vdi(o) => vdi::measure(o, blocks_touched(stored, vdi::NEW_BLOCK_SIZE)),
             Self::Vhdx(o) => vhdx::measure(o, blocks_touched(stored, vhdx::new_block_size(o))),
             Self::Vmdk(o) => vmdk::measure(o, stored),
+            Self::Luks(o) => luks::measure(o),
         }
     }
 }

@@ -12,13 +12,14 @@ use nbd::NbdName;
 use nbd::client::{NbdDisk, NbdMedium};
 
 use crate::details::ImageFormat;
+use crate::luks::{Luks, Secret};
 use crate::probe::{probe, probe_bytes};
 use crate::qcow2::{self, CreateOptions, Qcow2};
 use crate::vdi::Vdi;
 use crate::vhdx::Vhdx;
 use crate::vmdk::Vmdk;
 use crate::vpc::Vpc;
-use crate::{bochs, cloop, parallels, qed};
+use crate::{bochs, cloop, dmg, parallels, qed};
 
 /// A chain of backing files longer than this is taken for a circle.
 const MAX_CHAIN: u32 = 200;
@@ -57,8 +58,10 @@ pub struct ImageOptions {
     pub snapshot: bool,
     /// Bytes of memory for the mapping tables of each qcow2 image.
     pub l2_cache: u64,
-    /// Open damaged qcow2 images too, for checking.
+    /// Open damaged qcow2 images too, for checking, and encrypted ones without their password.
     pub for_check: bool,
+    /// The password of an encrypted image.
+    pub secret: Option<Secret>,
 }
 
 impl Default for ImageOptions {
@@ -75,6 +78,7 @@ impl Default for ImageOptions {
             snapshot: false,
             l2_cache: qcow2::OpenOptions::default().l2_cache,
             for_check: false,
+            secret: None,
         }
     }
 }
@@ -243,6 +247,17 @@ pub fn resolve_name(base: &str, name: &str) -> String {
     }
 }
 
+/// The format of a file by its first bytes, or, where its name ends with `.dmg`, by its last: only then, or a guest
+/// could turn any raw disk into an image.
+async fn guess(medium: &dyn Medium) -> Result<&'static str> {
+    let found = probe(medium).await?;
+    let named = medium.name().to_ascii_lowercase().ends_with(".dmg");
+    if found == "raw" && named && dmg::is_one(medium).await? {
+        return Ok("dmg");
+    }
+    Ok(found)
+}
+
 impl Opener {
     /// A gate that opens what images name under the given policies.
     pub fn new(options: ImageOptions) -> Self {
@@ -306,7 +321,7 @@ impl Opener {
         let guessed = self.options.format.is_none();
         let format = match &self.options.format {
             Some(format) => format.as_str(),
-            None => probe(&*medium).await?,
+            None => guess(&*medium).await?,
         };
         match format {
             "raw" => {
@@ -371,9 +386,20 @@ impl Opener {
                 let image = cloop::open(medium.clone()).await?;
                 Ok(Image::of(Rc::new(image), medium))
             }
+            "dmg" => {
+                let image = dmg::open(medium.clone()).await?;
+                Ok(Image::of(Rc::new(image), medium))
+            }
             "luks" => {
-                let message = format!("'{}': the format {format} is not supported", medium.name());
-                Err(BlockError::unsupported(message))
+                if self.options.secret.is_none() && !self.options.for_check {
+                    return Err(BlockError::invalid_argument(format!(
+                        "'{}': Parameter 'key-secret' is required for cipher",
+                        medium.name()
+                    )));
+                }
+                let secret = self.options.secret.as_ref();
+                let image = Luks::open(medium.clone(), secret).await?;
+                Ok(Image::of(Rc::new(image), medium))
             }
             _ => Err(BlockError::invalid_argument(format!(
                 "Unknown driver '{format}'"
@@ -422,6 +448,8 @@ impl Opener {
             format,
             write,
             for_check: false,
+            // Each image has a password of its own.
+            secret: None,
             ..self.options.clone()
         };
         Ok(Self {

@@ -123,6 +123,16 @@ fn damaged_vdi_images_do_no_harm() {
 }
 
 #[test]
+fn damaged_dmg_images_do_no_harm() {
+    bombard("dmg", images::dmg);
+}
+
+#[test]
+fn damaged_luks_volumes_do_no_harm() {
+    bombard("luks", images::luks);
+}
+
+#[test]
 fn damaged_vmdk_images_do_no_harm() {
     bombard("vmdk", images::vmdk);
 }

@@ -333,3 +333,176 @@ fn compressed_loop_devices_are_read() {
     })
     .unwrap();
 }
+
+/// How a chunk of a test image is stored.
+#[derive(Clone, Copy)]
+enum Stored {
+    Zlib,
+    Bzip2,
+    Adc,
+}
+
+/// Bytes as Apple Data Compression: runs, and a copy where a byte repeats.
+fn adc(bytes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut rest = bytes;
+    while let Some(first) = rest.first() {
+        let same = rest.iter().take(4096).take_while(|b| *b == first).count();
+        if same < 5 {
+            let length = rest.len().min(100);
+            out.push(0x7f + length as u8);
+            out.extend_from_slice(&rest[..length]);
+            rest = &rest[length..];
+            continue;
+        }
+        // The byte, a short copy of three or a long one of up to 67, both one back.
+        out.extend_from_slice(&[0x80, *first]);
+        rest = &rest[1..];
+        let mut left = same - 1;
+        while left >= 4 {
+            let length = left.min(67);
+            out.extend_from_slice(&[0x40 | (length - 4) as u8, 0, 0]);
+            (left, rest) = (left - length, &rest[length..]);
+        }
+        if left == 3 {
+            out.extend_from_slice(&[0, 0]);
+            rest = &rest[3..];
+        }
+    }
+    out
+}
+
+fn packed(part: &[u8], stored: Stored) -> Vec<u8> {
+    match stored {
+        Stored::Zlib => {
+            let level = flate2::Compression::default();
+            let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), level);
+            encoder.write_all(part).unwrap();
+            encoder.finish().unwrap()
+        }
+        Stored::Bzip2 => {
+            let level = bzip2::Compression::default();
+            let mut encoder = bzip2::write::BzEncoder::new(Vec::new(), level);
+            encoder.write_all(part).unwrap();
+            encoder.finish().unwrap()
+        }
+        Stored::Adc => adc(part),
+    }
+}
+
+/// An Apple disk image with `content` in chunks of `size` bytes; every third chunk is stored as it is. The
+/// lists are in a resource fork or in a property list.
+fn dmg(content: &[u8], size: usize, stored: Stored, fork: bool) -> Vec<u8> {
+    let mut file = vec![0; 512];
+    let mut list = vec![0; 204];
+    put(&mut list, 0, b"mish");
+    put(&mut list, 16, &(content.len() as u64 / 512).to_be_bytes());
+    let mut entry = |kind: u32, at: usize, length: usize, place: usize, bytes: usize| {
+        let mut one = vec![0; 40];
+        put(&mut one, 0, &kind.to_be_bytes());
+        let numbers = [at / 512, length / 512, place, bytes];
+        for (n, number) in numbers.into_iter().enumerate() {
+            put(&mut one, 8 + n * 8, &(number as u64).to_be_bytes());
+        }
+        list.extend_from_slice(&one);
+    };
+    for (n, part) in content.chunks(size).enumerate() {
+        let (at, place) = (n * size, file.len());
+        if part.iter().all(|b| *b == 0) {
+            entry(2, at, part.len(), place, 0);
+            continue;
+        }
+        let (kind, bytes) = match stored {
+            _ if n % 3 == 2 => (1, part.to_vec()),
+            Stored::Adc => (0x8000_0004, packed(part, stored)),
+            Stored::Zlib => (0x8000_0005, packed(part, stored)),
+            Stored::Bzip2 => (0x8000_0006, packed(part, stored)),
+        };
+        entry(kind, at, part.len(), place, bytes.len());
+        file.extend_from_slice(&bytes);
+    }
+    entry(0xffff_ffff, content.len(), 0, file.len(), 0);
+    let count = (list.len() - 204) as u32 / 40;
+    put(&mut list, 200, &count.to_be_bytes());
+    let place = file.len() as u64;
+    let mut trailer = vec![0; 512];
+    put(&mut trailer, 0, b"koly\0\0\0\x04\0\0\x02\0");
+    let fields = if fork {
+        let mut head = vec![0; 256];
+        put(&mut head, 0, &256u32.to_be_bytes());
+        put(&mut head, 4, &(256 + 4 + list.len() as u32).to_be_bytes());
+        put(&mut head, 8, &(4 + list.len() as u32).to_be_bytes());
+        head.extend_from_slice(&(list.len() as u32).to_be_bytes());
+        file.extend_from_slice(&[head, list].concat());
+        40
+    } else {
+        let text = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, &list);
+        let lines: Vec<&str> = (0..text.len())
+            .step_by(52)
+            .map(|at| &text[at..text.len().min(at + 52)])
+            .collect();
+        let head = "<plist><dict><key>resource-fork</key><dict><key>blkx</key><array><dict><key>Data</key><data>\n\t";
+        let end = "\n</data></dict></array></dict></dict></plist>\n";
+        file.extend_from_slice(format!("{head}{}{end}", lines.join("\n\t")).as_bytes());
+        216
+    };
+    put(&mut trailer, fields, &place.to_be_bytes());
+    let length = file.len() as u64 - place;
+    put(&mut trailer, fields + 8, &length.to_be_bytes());
+    put(
+        &mut trailer,
+        492,
+        &(content.len() as u64 / 512).to_be_bytes(),
+    );
+    file.extend_from_slice(&trailer);
+    file
+}
+
+#[test]
+fn apple_disk_images_are_read() {
+    let files = Files::new();
+    for fork in [false, true] {
+        let path = files.put("disk.dmg", &dmg(&sample(), 128 << 10, Stored::Zlib, fork));
+        reads_as(&files, &path, "dmg", &sample());
+        assert_eq!(
+            kinds(&path, &[0, 128 << 10, 256 << 10]),
+            ["zero", "compressed", "zero"]
+        );
+    }
+    // Without a module for them qemu-img reads no bzip2; it never reads ADC.
+    for stored in [Stored::Bzip2, Stored::Adc] {
+        let path = files.put("disk.dmg", &dmg(&sample(), 64 << 10, stored, false));
+        executor::block_on(async {
+            let image = open_image(text(&path), &ImageOptions::default()).await;
+            assert!(plain::content(&image.unwrap()).await == sample());
+        })
+        .unwrap();
+    }
+    let good = dmg(&sample(), 128 << 10, Stored::Zlib, true);
+    let list = good.windows(4).position(|w| w == b"mish").unwrap();
+    let end = good.len() - 512;
+    for (at, bytes, words) in [
+        (end, &[0; 4][..], "no trailer"),
+        (end + 48, &[0; 8], "no lists"),
+        (end + 40, &[0xff; 8], "past the end of the file"),
+        (list + 204 + 8, &[0x7f; 8], "impossible place"),
+        (list + 204 + 40 + 14, &[0; 2], "two chunks"),
+        (list + 204 + 40 + 20, &[0x7f; 4], "larger than 64 MiB"),
+    ] {
+        let mut damaged = good.clone();
+        put(&mut damaged, at, bytes);
+        refused(&files, "dmg", &damaged, words);
+    }
+    // A method that is not supported is named where the chunk is read.
+    let mut other = good;
+    put(&mut other, list + 204 + 40, &0x8000_0007u32.to_be_bytes());
+    let path = files.put("other.dmg", &other);
+    executor::block_on(async {
+        let image = open_image(text(&path), &ImageOptions::default())
+            .await
+            .unwrap();
+        let error = image.backend.read(128 << 10, IoBuf::zeroed(512)).await;
+        assert!(error.unwrap_err().one_line().contains("LZFSE"));
+    })
+    .unwrap();
+}

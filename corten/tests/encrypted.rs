@@ -1,0 +1,136 @@
+//! `corten img` on encrypted volumes, beside qemu-img.
+
+use std::path::Path;
+use std::process::Command;
+
+/// Runs a program; its exit status and all that it says. `None` if it is not there. (On a busy machine qemu-img may
+/// give up measuring how fast keys are derived; then it is asked again.)
+fn run(program: &str, folder: &Path, arguments: &[&str]) -> Option<(i32, String)> {
+    for _ in 0..20 {
+        let (code, text) = run_once(program, folder, arguments)?;
+        if !text.contains("accurate CPU usage") {
+            return Some((code, text));
+        }
+    }
+    panic!("{arguments:?}: {program} does not get round to it");
+}
+
+fn run_once(program: &str, folder: &Path, arguments: &[&str]) -> Option<(i32, String)> {
+    let mut command = Command::new(program);
+    if program != "qemu-img" {
+        command.arg("img");
+    }
+    let Ok(output) = command.args(arguments).current_dir(folder).output() else {
+        eprintln!("skipped: {program} is not installed");
+        return None;
+    };
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    Some((output.status.code().unwrap_or(-1), text + &error))
+}
+
+const OURS: &str = env!("CARGO_BIN_EXE_corten");
+const OBJECT: &str = "secret,id=s,file=password";
+
+/// The lines without what differs from one volume to the next, and without what lies below.
+fn same_of_all(text: &str) -> Vec<&str> {
+    let lines = text.lines().take_while(|line| !line.starts_with("Child"));
+    lines
+        .filter(|l| !["uuid", "iters", "disk size"].iter().any(|w| l.contains(w)))
+        .collect()
+}
+
+#[test]
+fn volumes_go_both_ways() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    std::fs::write(folder.join("password"), "hush, hush").unwrap();
+    let content: Vec<u8> = (0..2 << 20).map(|n: u32| (n >> 8) as u8 & 0x7f).collect();
+    std::fs::write(folder.join("base.raw"), &content).unwrap();
+    let options = "key-secret=s,iter-time=10";
+    let make = ["convert", "--object", OBJECT, "-f", "raw", "-O", "luks"];
+    for (maker, name) in [(OURS, "ours.luks"), ("qemu-img", "theirs.luks")] {
+        let make = [&make[..], &["-o", options, "base.raw", name]].concat();
+        let Some((code, text)) = run(maker, folder, &make) else {
+            return;
+        };
+        assert_eq!(code, 0, "{text}");
+        let image = format!("driver=luks,file.filename={name},key-secret=s");
+        for reader in [OURS, "qemu-img"] {
+            let read = [
+                "convert",
+                "--object",
+                OBJECT,
+                "--image-opts",
+                &image,
+                "-O",
+                "raw",
+            ];
+            let (code, text) = run(reader, folder, &[&read[..], &["o.raw"]].concat()).unwrap();
+            assert_eq!(code, 0, "{reader} {name}: {text}");
+            assert!(std::fs::read(folder.join("o.raw")).unwrap() == content);
+        }
+        let (code, ours) = run(OURS, folder, &["info", name]).unwrap();
+        assert_eq!(code, 0, "no password is needed: {ours}");
+        let (_, theirs) = run("qemu-img", folder, &["info", name]).unwrap();
+        assert_eq!(same_of_all(&ours), same_of_all(&theirs));
+    }
+    let create = [
+        "create", "-f", "luks", "--object", OBJECT, "-o", options, "n.luks", "1M",
+    ];
+    let measure = ["measure", "-O", "luks", "--size", "1M"];
+    let bare = ["convert", "-f", "luks", "theirs.luks", "-O", "raw", "o.raw"];
+    let unknown = ["create", "-f", "luks", "-o", "key-secret=x", "n.luks", "1M"];
+    for arguments in [&create[..], &bare, &unknown] {
+        let ours = run(OURS, folder, arguments).unwrap();
+        let theirs = run("qemu-img", folder, arguments).unwrap();
+        assert_eq!(ours.0, theirs.0, "{arguments:?}: {}", ours.1);
+    }
+    let measure = [&measure[..], &["--object", OBJECT, "-o", "key-secret=s"]].concat();
+    let (ours, theirs) = (
+        run(OURS, folder, &measure).unwrap(),
+        run("qemu-img", folder, &measure).unwrap(),
+    );
+    assert_eq!(ours, theirs);
+}
+
+#[test]
+fn passwords_are_not_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let with = |object: &str, key: &str| {
+        let options = format!("key-secret={key},iter-time=1");
+        let create = ["create", "-f", "luks", "--object", object, "-o", &options];
+        run(OURS, folder, &[&create[..], &["a.luks", "1M"]].concat()).unwrap()
+    };
+    let (code, text) = with("secret,id=s,data=xyzzy", "s");
+    assert_eq!(code, 0, "{text}");
+    let mut texts = vec![text];
+    for (object, key) in [
+        ("secret,id=s,data=xyz,plugh", "s"),
+        ("secret,id=t,data=xyzzy", "s"),
+        ("secret,data=xyzzy", "s"),
+        ("tls-creds,id=s,data=xyzzy", "s"),
+    ] {
+        let (code, text) = with(object, key);
+        assert_eq!(code, 1, "{object}: {text}");
+        texts.push(text);
+    }
+    let wrong = [
+        "convert",
+        "--object",
+        "secret,id=s,data=frotz",
+        "--image-opts",
+    ];
+    let image = "driver=luks,file.filename=a.luks,key-secret=s";
+    let (code, text) = run(OURS, folder, &[&wrong[..], &[image, "b.raw"]].concat()).unwrap();
+    assert_eq!(code, 1);
+    assert!(text.contains("Invalid password"), "{text}");
+    texts.push(text);
+    for text in texts {
+        let shown = ["xyz", "plugh", "frotz"]
+            .iter()
+            .any(|word| text.contains(word));
+        assert!(!shown, "{text}");
+    }
+}

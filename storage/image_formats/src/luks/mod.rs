@@ -1,0 +1,322 @@
+//! LUKS1 volumes: a header with eight places for passwords, then the disk, encrypted sector by sector.
+//!
+//! Without a password an image tells what its header says, and its disk can't be read.
+
+mod cipher;
+mod create;
+mod header;
+mod keys;
+
+pub use cipher::{Hash, IvGenerator, Mode};
+pub use create::{CreateOptions, create, measure};
+
+use std::cell::Cell;
+use std::fmt;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::executor::offload;
+use block::{
+    BlockBackend, BlockError, BlockFuture, ErrorKind, Extent, ExtentKind, ExtentQuery, IoBuf,
+    Limits, Medium, Result, ZeroFlags,
+};
+
+use crate::details::{
+    Compression, Description, ImageFormat, Property, Value, no_compression, property,
+};
+use crate::qcow2::{CheckReport, Repair};
+use cipher::SectorCipher;
+use header::{HEADER_SIZE, Header, SECTOR, Slot, material_size};
+
+/// What is encrypted in one piece of memory.
+const PIECE: usize = 1 << 20;
+
+/// A password. It is never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Arc<[u8]>);
+
+impl Secret {
+    /// These bytes as a password.
+    pub fn new(bytes: &[u8]) -> Self {
+        Self(bytes.into())
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// An open LUKS volume.
+pub struct Luks {
+    medium: Rc<dyn Medium>,
+    header: Header,
+    size: Cell<u64>,
+    /// `None` if it was opened without a password.
+    cipher: Option<SectorCipher>,
+}
+
+impl Luks {
+    /// Opens the volume in `medium`. Without a `secret` it can only be described.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidImage` or `Unsupported` with what is wrong, `PermissionDenied` if the password is wrong, or what the
+    /// host reports.
+    pub async fn open(medium: Rc<dyn Medium>, secret: Option<&Secret>) -> Result<Self> {
+        let name = medium.name();
+        let opened = Self::open_inner(medium, secret).await;
+        opened.map_err(|e| match e.kind() {
+            ErrorKind::InvalidImage | ErrorKind::Unsupported | ErrorKind::PermissionDenied => {
+                e.context(format!("'{name}'"))
+            }
+            _ => e,
+        })
+    }
+
+    async fn open_inner(medium: Rc<dyn Medium>, secret: Option<&Secret>) -> Result<Self> {
+        let first = IoBuf::zeroed(HEADER_SIZE);
+        medium.read(0, first.clone()).await?;
+        let header = Header::parse(&first.to_vec())?;
+        let payload = u64::from(header.payload) * SECTOR;
+        let size = medium.len().checked_sub(payload).ok_or_else(|| {
+            BlockError::invalid_image("the file ends before the encrypted data begins")
+        })?;
+        let cipher = match secret {
+            Some(secret) => Some(unlock(&*medium, &header, secret).await?),
+            None => None,
+        };
+        Ok(Self {
+            medium,
+            size: Cell::new(size / SECTOR * SECTOR),
+            header,
+            cipher,
+        })
+    }
+
+    fn payload(&self) -> u64 {
+        u64::from(self.header.payload) * SECTOR
+    }
+
+    fn cipher(&self) -> Result<&SectorCipher> {
+        self.cipher.as_ref().ok_or_else(|| {
+            BlockError::invalid_argument("the volume is encrypted, and no password was given")
+        })
+    }
+
+    async fn read_part(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let cipher = self.cipher()?;
+        let mut done = 0;
+        while done < buf.len() {
+            let length = (buf.len() - done).min(PIECE);
+            let at = offset + done as u64;
+            // Others may look at the caller's memory, or change it, while it holds what is encrypted.
+            let piece = IoBuf::zeroed(length);
+            self.medium.read(self.payload() + at, piece.clone()).await?;
+            let mut bytes = piece.to_vec();
+            cipher.decrypt(at / SECTOR, &mut bytes);
+            buf.slice(done, length).copy_from(&bytes);
+            done += length;
+        }
+        Ok(())
+    }
+
+    async fn write_part(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let length = (buf.len() - done).min(PIECE);
+            let bytes = buf.slice(done, length).to_vec();
+            self.write_bytes(offset + done as u64, bytes).await?;
+            done += length;
+        }
+        Ok(())
+    }
+
+    async fn write_bytes(&self, offset: u64, mut bytes: Vec<u8>) -> Result<()> {
+        self.cipher()?.encrypt(offset / SECTOR, &mut bytes);
+        let place = self.payload() + offset;
+        self.medium.write(place, IoBuf::from_slice(&bytes)).await
+    }
+
+    /// Zeroes are stored encrypted, like everything else.
+    async fn zero(&self, offset: u64, length: u64) -> Result<()> {
+        let mut done = 0;
+        while done < length {
+            let part = (length - done).min(PIECE as u64);
+            self.write_bytes(offset + done, vec![0; part as usize])
+                .await?;
+            done += part;
+        }
+        Ok(())
+    }
+}
+
+/// Looks for the slot whose password `secret` is.
+async fn unlock(medium: &dyn Medium, header: &Header, secret: &Secret) -> Result<SectorCipher> {
+    for slot in header.slots.iter().filter(|slot| slot.active) {
+        let size = material_size(header.cipher.key_bytes, slot.stripes);
+        let buffer = IoBuf::zeroed(size as usize);
+        let place = u64::from(slot.key_offset) * SECTOR;
+        medium.read(place, buffer.clone()).await?;
+        let material = buffer.to_vec();
+        let (header, slot, password) = (header.clone(), slot.clone(), secret.bytes().to_vec());
+        let spec = header.cipher;
+        let key = offload(move || {
+            let secret = Secret::new(&password);
+            keys::unlock(&header, &slot, material, &secret)
+        });
+        if let Some(key) = key.await
+            && let Some(cipher) = SectorCipher::new(spec, &key)
+        {
+            return Ok(cipher);
+        }
+    }
+    let message = "Invalid password, cannot unlock any keyslot";
+    Err(BlockError::new(ErrorKind::PermissionDenied, message))
+}
+
+impl BlockBackend for Luks {
+    fn limits(&self) -> Limits {
+        Limits {
+            size: self.size.get(),
+            logical_block_size: SECTOR as u32,
+            physical_block_size: self.medium.alignment().max(SECTOR as u32),
+            buffer_alignment: 1,
+            discard_granularity: 0,
+            zero_granularity: 0,
+            max_transfer: 1 << 30,
+            read_only: self.medium.read_only(),
+        }
+    }
+
+    fn format_name(&self) -> &'static str {
+        "luks"
+    }
+
+    fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
+        Box::pin(self.read_part(offset, buf))
+    }
+
+    fn write(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
+        Box::pin(self.write_part(offset, buf))
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> BlockFuture<'_, ()> {
+        if flags.contains(ZeroFlags::NO_FALLBACK) {
+            let message = "zeroes are stored encrypted, as data";
+            return Box::pin(async move { Err(BlockError::unsupported(message)) });
+        }
+        Box::pin(self.zero(offset, length))
+    }
+
+    fn discard(&self, _offset: u64, _length: u64) -> BlockFuture<'_, ()> {
+        // Holes would show which parts are in use.
+        Box::pin(async { Ok(()) })
+    }
+
+    fn flush(&self) -> BlockFuture<'_, ()> {
+        self.medium.flush()
+    }
+
+    fn extents(&self, query: ExtentQuery) -> BlockFuture<'_, Vec<Extent>> {
+        Box::pin(async move {
+            Ok(vec![Extent {
+                offset: query.offset,
+                length: query.length,
+                kind: ExtentKind::Data(None),
+                depth: 0,
+            }])
+        })
+    }
+
+    fn resize(&self, size: u64) -> BlockFuture<'_, ()> {
+        Box::pin(async move {
+            let old = self.size.get();
+            if size > old {
+                self.cipher()?;
+            }
+            let length = self
+                .payload()
+                .checked_add(size)
+                .ok_or_else(|| BlockError::invalid_argument("the size is larger than any file"))?;
+            self.medium.set_len(length).await?;
+            if size > old {
+                self.zero(old, size - old).await?;
+            }
+            self.size.set(size);
+            Ok(())
+        })
+    }
+
+    fn close(&self) -> BlockFuture<'_, ()> {
+        if self.medium.read_only() {
+            return Box::pin(async { Ok(()) });
+        }
+        self.medium.flush()
+    }
+}
+
+fn slot_properties(slot: &Slot) -> Vec<Property> {
+    let mut list = vec![property("active", "active", Value::Bool(slot.active))];
+    let number = |label, key, value: u64| property(label, key, Value::Number(value as i64));
+    if slot.active {
+        list.push(number("iters", "iters", u64::from(slot.iterations)));
+    }
+    let place = u64::from(slot.key_offset) * SECTOR;
+    list.push(number("key offset", "key-offset", place));
+    if slot.active {
+        list.push(number("stripes", "stripes", u64::from(slot.stripes)));
+    }
+    list
+}
+
+impl ImageFormat for Luks {
+    fn describe(&self) -> Description {
+        let (header, cipher) = (&self.header, self.header.cipher);
+        let text = |label, key, value: &str| property(label, key, Value::Text(value.to_owned()));
+        let mut specific = vec![text("ivgen alg", "ivgen-alg", cipher.iv_name())];
+        if let IvGenerator::Essiv(hash) = cipher.iv {
+            specific.push(text("ivgen hash alg", "ivgen-hash-alg", hash.name()));
+        }
+        let slots = header.slots.iter().map(slot_properties).collect();
+        specific.extend([
+            text("hash alg", "hash-alg", header.hash.name()),
+            text("cipher alg", "cipher-alg", cipher.cipher_name()),
+            text("uuid", "uuid", &header.uuid),
+            text("cipher mode", "cipher-mode", cipher.mode_name()),
+            property("slots", "slots", Value::List(slots)),
+            property(
+                "payload offset",
+                "payload-offset",
+                Value::Number(self.payload() as i64),
+            ),
+            property(
+                "master key iters",
+                "master-key-iters",
+                Value::Number(i64::from(header.digest_iterations)),
+            ),
+        ]);
+        Description {
+            encrypted: true,
+            specific,
+            ..Description::default()
+        }
+    }
+
+    fn check(&self, _repair: Repair) -> BlockFuture<'_, Option<CheckReport>> {
+        Box::pin(async { Ok(None) })
+    }
+
+    fn compression(&self) -> Option<Compression> {
+        None
+    }
+
+    fn write_compressed(&self, _offset: u64, _data: Vec<u8>) -> BlockFuture<'_, ()> {
+        no_compression()
+    }
+}
