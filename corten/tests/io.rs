@@ -259,7 +259,7 @@ fn commands_come_from_standard_input_too() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8_lossy(&output.stdout);
-    assert_eq!(text.matches("4 KiB").count(), 1, "{text}");
+    assert_eq!(text.matches("corten io> 4 KiB\n").count(), 1, "{text}");
     assert!(text.contains("Pattern verification failed at offset 0, 1 bytes"));
     let disk = std::fs::read(folder.path().join("disk")).unwrap();
     assert!(disk[100..300] == [5; 200] && disk[99] == 0 && disk[300] == 0);
