@@ -169,6 +169,7 @@ impl Compiler<'_> {
         let i = &self.instructions[number].0;
         self.has_template(i, self.op(number))
             && !super::divide::is_division(i)
+            && !super::string::is_string(i)
             && !shape::is_x87(i)
             && (!shape::is_branch(i) || self.access(number).is_some())
     }

@@ -150,6 +150,8 @@ pub(crate) mod at {
     /// [`Gate::host_mxcsr`].
     pub(crate) const HOST_MXCSR: i32 =
         (offset_of!(Cpu, gate) + offset_of!(Gate, host_mxcsr)) as i32;
+    /// [`Cpu::system_flags`].
+    pub(crate) const SYSTEM_FLAGS: i32 = offset_of!(Cpu, system_flags) as i32;
     /// [`Cpu::rip`].
     pub(crate) const RIP: i32 = offset_of!(Cpu, rip) as i32;
     /// [`Cpu::instructions`].

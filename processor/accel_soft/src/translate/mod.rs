@@ -5,7 +5,7 @@
 //! | `code`, `cold` | a compiler of blocks: memory operands, flags; what goes out of line |
 //! | `held` | one look-up for several accesses to one object |
 //! | `native` | instructions that are executed as they are |
-//! | `branch`, `divide` | branches and the stack; division |
+//! | `branch`, `divide`, `string` | branches and the stack; division; REP MOVS and STOS |
 //! | `shape`, `encoding`, `flags`, `liveness` | what there is to know of an instruction |
 //! | `emit`, `memory` | bytes of code, and where they are kept |
 //! | `registers`, `hot`, `home` | where the guest's state is |
@@ -35,7 +35,10 @@ mod native;
 mod registers;
 mod runtime;
 mod shape;
+mod string;
 mod stubs;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -669,6 +672,10 @@ impl Compiler<'_> {
         }
         if shape::is_branch(at.i) {
             *ended = last && self.branch(at);
+            return *ended;
+        }
+        if string::is_string(at.i) {
+            *ended = last && self.string(at);
             return *ended;
         }
         if shape::is_stack(at.i) {

@@ -75,6 +75,9 @@ pub(crate) fn is_known(i: &Instruction, mode: Mode) -> bool {
     if is_branch(i) || is_stack(i) || i.mnemonic() == M::Lea || super::native::is_nop(i) {
         return true;
     }
+    if super::string::is_string(i) {
+        return mode.is_64bit();
+    }
     if is_x87(i) {
         return mode.contains(Mode::X87);
     }
