@@ -10,6 +10,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 use crate::error::{BlockError, ErrorKind, Result};
 
@@ -40,6 +41,14 @@ struct Wanted {
     unshared: &'static [i64],
 }
 
+impl Wanted {
+    /// The bytes to lock.
+    fn bytes(&self) -> impl Iterator<Item = i64> + use<> {
+        let used = self.used.iter().map(|p| PERMISSION_BASE + p);
+        used.chain(self.unshared.iter().map(|p| UNSHARED_BASE + p))
+    }
+}
+
 impl LockMode {
     fn wanted(self) -> Wanted {
         match self {
@@ -66,20 +75,43 @@ impl LockMode {
     }
 }
 
-/// Takes the locks of `mode` on `file`, called `name` in messages.
+/// How long a lock may outlive its use: a process that is being started has all files of its parent, and with them
+/// their locks, until it runs its own program, and the kernel closes the files of a killed one when it gets to it.
+const LINGERS: Duration = Duration::from_millis(250);
+
+/// Takes the locks of `mode` on `file`, called `name` in messages. Waits up to a quarter of a second for others.
 ///
 /// The locks go with the file description; on an error those taken so far do, because the caller then
 /// closes the file.
 pub(crate) fn lock(file: BorrowedFd<'_>, name: &str, mode: LockMode) -> Result<()> {
+    let begin = Instant::now();
+    while !try_lock(file, name, mode)? {
+        if begin.elapsed() >= LINGERS {
+            return Err(locked(file, name));
+        }
+        // Two that want to write would refuse each other as long as both keep what they have.
+        unlock(file, mode);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Gives up what [`try_lock`] took. A lock that can't be given up goes with the file.
+fn unlock(file: BorrowedFd<'_>, mode: LockMode) {
+    for byte in mode.wanted().bytes() {
+        let _ = fcntl_lock(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte);
+    }
+}
+
+/// False: somebody else has a lock that contradicts.
+fn try_lock(file: BorrowedFd<'_>, name: &str, mode: LockMode) -> Result<bool> {
     let wanted = mode.wanted();
-    let bytes = wanted.used.iter().map(|p| PERMISSION_BASE + p);
-    let bytes = bytes.chain(wanted.unshared.iter().map(|p| UNSHARED_BASE + p));
-    for byte in bytes {
+    for byte in wanted.bytes() {
         match fcntl_lock(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
             Ok(_) => {}
             // A file system without locks: QEMU goes on without them too.
-            Err(e) if is_unsupported(&e) => return Ok(()),
-            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => return Err(locked(file, name)),
+            Err(e) if is_unsupported(&e) => return Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => return Ok(false),
             Err(e) => return Err(BlockError::io(format!("cannot lock '{name}'"), e)),
         }
     }
@@ -89,10 +121,10 @@ pub(crate) fn lock(file: BorrowedFd<'_>, name: &str, mode: LockMode) -> Result<(
         let held = fcntl_lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte)
             .map_err(|e| BlockError::io(format!("cannot test the locks of '{name}'"), e))?;
         if held != libc::F_UNLCK {
-            return Err(locked(file, name));
+            return Ok(false);
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 fn is_unsupported(error: &io::Error) -> bool {
@@ -221,6 +253,20 @@ mod tests {
         assert!(try_lock(LockMode::Write).is_err());
         drop(shared);
         try_lock(LockMode::Write).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_is_about_to_go_is_waited_for() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let writer = open(file.path());
+        lock(writer.as_fd(), "disk.img", LockMode::Write).unwrap();
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(LINGERS / 5);
+            drop(writer);
+        });
+        let other = open(file.path());
+        lock(other.as_fd(), "disk.img", LockMode::Write).unwrap();
+        ends.join().unwrap();
     }
 
     #[test]
