@@ -514,7 +514,7 @@ fn qmp_tells_what_the_vcpus_have_done() {
     ] {
         assert!(get(&first[0], name) >= least, "{name}: {first}");
     }
-    assert_eq!(get(&first[0], "code-cache-size") / 3 >> 20, 64);
+    assert_eq!((get(&first[0], "code-cache-size") / 3) >> 20, 64);
     // A vCPU that never comes out of the guest's code by itself is asked too.
     let mut more = ask("vm");
     for _ in 0..1000 {
