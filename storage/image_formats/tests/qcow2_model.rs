@@ -80,3 +80,23 @@ proptest! {
         }
     }
 }
+
+/// Six pieces of compressed data share a cluster; four bits count twelve references, and not eighteen.
+#[test]
+fn a_snapshot_that_refcounts_have_no_room_for_changes_nothing() {
+    let options = CreateOptions {
+        size: SIZE,
+        cluster_size: 512,
+        refcount_bits: 4,
+        ..CreateOptions::default()
+    };
+    let mut ops: Vec<Op> = (0..6)
+        .map(|n| Op::Compress {
+            at: n * 512,
+            value: 1,
+        })
+        .collect();
+    ops.extend([Op::Snapshot, Op::Snapshot]);
+    let (_, model) = run(&options, &ops);
+    assert_eq!(model.snapshots.len(), 1);
+}

@@ -217,10 +217,7 @@ impl Qcow2 {
         }
         self.sync_all().await?;
         let l1 = self.l1.borrow().clone();
-        self.check_room_for_references(&l1).await?;
-        let length = l1.len() as u64 * 8;
-        let place = self.allocate_table(length).await?;
-        self.add_references(&l1).await?;
+        let place = self.allocate_references(&l1).await?;
         self.set_copied_flags().await?;
         self.sync_all().await?;
         let copy: Vec<u8> = self
@@ -270,12 +267,10 @@ impl Qcow2 {
                 "the L1 table of snapshot '{which}' is too small"
             )));
         }
-        self.check_room_for_references(&l1).await?;
         for entry in &mut l1 {
             *entry &= !COPIED;
         }
-        let place = self.allocate_table(l1.len() as u64 * 8).await?;
-        self.add_references(&l1).await?;
+        let place = self.allocate_references(&l1).await?;
         let old_l1 = self.l1.borrow().clone();
         let old_place = self.header.borrow().l1_offset;
         self.header.borrow_mut().size = snapshot.disk_size;
@@ -366,38 +361,55 @@ impl Qcow2 {
         }
     }
 
-    async fn check_room_for_references(&self, l1: &[u64]) -> Result<()> {
-        let max = self.geometry.max_refcount();
-        // Compressed clusters may add several references to one cluster.
-        let per_cluster = self.geometry.cluster_size().div_ceil(512);
-        for entry in l1.iter().map(|e| e & OFFSET_MASK).filter(|e| *e != 0) {
-            let mut clusters = vec![entry >> self.geometry.cluster_bits];
-            for mapping in self.read_mappings(entry).await? {
-                clusters.extend(self.referred(mapping));
-            }
-            for cluster in clusters {
-                let refcount = self.refcount(cluster).await?;
-                let shared = refcount.min(per_cluster);
-                if refcount
-                    .checked_add(shared.max(1))
-                    .is_none_or(|sum| sum > max)
-                {
-                    let message = "the refcounts are too narrow for one more snapshot";
-                    return Err(BlockError::new(ErrorKind::NoSpace, message));
-                }
-            }
+    /// Room for a copy of an L1 table, which counts for everything it leads to; on an error nothing has changed.
+    async fn allocate_references(&self, l1: &[u64]) -> Result<u64> {
+        let length = l1.len() as u64 * 8;
+        let place = self.allocate_table(length).await?;
+        if let Err(error) = self.add_references(l1).await {
+            let count = self.geometry.clusters(length).max(1);
+            self.free_now(place, count).await?;
+            return Err(error);
         }
-        Ok(())
+        Ok(place)
     }
 
+    /// Counts one more reference to everything that an L1 table leads to, or changes nothing.
+    ///
+    /// A cluster may be counted many times, as compressed data shares it, so whether there is room
+    /// for all references is known only when they have been counted.
     async fn add_references(&self, l1: &[u64]) -> Result<()> {
+        let mut counted = 0;
+        let result = self.change_references(l1, 1, u64::MAX, &mut counted).await;
+        if result.is_err() && counted > 0 {
+            self.change_references(l1, -1, counted, &mut 0).await?;
+        }
+        result.map_err(|error| match error.kind() {
+            ErrorKind::NoSpace => {
+                let message = "the refcounts are too narrow for one more snapshot";
+                BlockError::new(ErrorKind::NoSpace, message)
+            }
+            _ => error,
+        })
+    }
+
+    /// Changes the refcounts behind the first `limit` references of an L1 table; counts the references in `done`.
+    async fn change_references(
+        &self,
+        l1: &[u64],
+        delta: i64,
+        limit: u64,
+        done: &mut u64,
+    ) -> Result<()> {
         for entry in l1.iter().map(|e| e & OFFSET_MASK).filter(|e| *e != 0) {
-            self.change_refcount(entry >> self.geometry.cluster_bits, 1)
-                .await?;
-            for mapping in self.read_mappings(entry).await? {
-                for cluster in self.referred(mapping) {
-                    self.change_refcount(cluster, 1).await?;
+            let table = entry >> self.geometry.cluster_bits;
+            let data = self.read_mappings(entry).await?;
+            let data = data.into_iter().flat_map(|mapping| self.referred(mapping));
+            for cluster in std::iter::once(table).chain(data) {
+                if *done == limit {
+                    return Ok(());
                 }
+                self.change_refcount(cluster, delta).await?;
+                *done += 1;
             }
         }
         Ok(())
