@@ -158,6 +158,11 @@ impl Pair {
             self.synchronize();
             return out;
         }
+        if (end + 1..end + 16).contains(&host.rip) && case.instructions.iter().any(is_indirect) {
+            // It went into the middle of itself, and an instruction there has taken in what stands behind the code, which differs.
+            self.synchronize();
+            return out;
+        }
         if host.mxcsr & MISALIGNED_MASK != 0 {
             // AMD's bit for misaligned SSE operands, which the software CPU's CPUID does not promise.
             self.synchronize();
@@ -213,6 +218,15 @@ impl Pair {
         }
         out
     }
+}
+
+/// True for branches to an address that is data.
+fn is_indirect(i: &Instruction) -> bool {
+    use iced_x86::FlowControl;
+    matches!(
+        i.flow_control(),
+        FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return
+    )
 }
 
 /// MXCSR.MM (APM volume 1, section 4.2.2).

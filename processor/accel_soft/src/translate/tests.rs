@@ -224,3 +224,22 @@ fn a_fill_of_code_is_seen_at_once() {
         assert_eq!(registers[5], 100, "NOPs instead of the last INC");
     }
 }
+
+/// Calls through the word that they push to, to places that are not translated yet.
+#[test]
+fn a_call_through_the_slot_it_pushes_to_is_done_once() {
+    const TIMES: u8 = 200;
+    // 0: mov ecx, TIMES; 5: mov esp, 20800h; lea rax, [rcx + NOPs]; mov [rsp-8], rax; call [rsp-8]; dec ecx; jnz 5.
+    let mut code = vec![0xb9, TIMES, 0, 0, 0, 0xbc, 0, 8, 2, 0, 0x48, 0x8d, 0x81];
+    code.extend((crate::testing::CODE as u32 + 31).to_le_bytes());
+    code.extend([0x48, 0x89, 0x44, 0x24, 0xf8, 0xff, 0x54, 0x24, 0xf8]);
+    code.extend([0xff, 0xc9, 0x75, 5_u8.wrapping_sub(30), 0xeb, 0xfe]);
+    // 32: NOPs, of which ever fewer are executed; inc ebp; ret.
+    code.extend([0x90; TIMES as usize]);
+    code.extend([0xff, 0xc5, 0xc3]);
+    let mut engine = user_engine(&code);
+    engine.options.hot_after = 1;
+    let end = engine.cpu.rip + 30;
+    run_to(&mut engine, end);
+    assert_eq!(engine.cpu.regs[5], u64::from(TIMES));
+}
