@@ -604,9 +604,12 @@ impl Engine {
             cpu.nmi_pending = false;
             cpu.halted = false;
             cpu.nmi_masked = true;
+            // Nobody has looked for interrupts.
+            cpu.held_back = true;
             cpu.deliver_interrupt(x86_defs::exception::NMI)
         } else if cpu.system_flag(Rflags::IF) {
             let Some(vector) = cpu.take_interrupt() else {
+                cpu.held_back = cpu.may_be_interrupted();
                 return Go::Continue(());
             };
             cpu.halted = false;
@@ -614,6 +617,7 @@ impl Engine {
             cpu.attention = true;
             cpu.deliver_interrupt(vector)
         } else {
+            cpu.held_back = true;
             return Go::Continue(());
         };
         cpu.leave_block = false;
@@ -856,6 +860,7 @@ impl Cpu {
         // A shadow stays until the next look at the state of things, which then lets one instruction more go first.
         let nmi = self.nmi_pending && !self.nmi_masked;
         self.attention = halts || nmi || self.may_be_interrupted();
+        self.held_back |= !self.attention && !self.system_flag(Rflags::IF);
         !self.attention
     }
 

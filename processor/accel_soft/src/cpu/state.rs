@@ -102,6 +102,8 @@ pub(crate) struct Cpu {
     /// Local APIC.
     pub(crate) apic: LocalApic,
 
+    /// Interrupts were looked for while IF was clear: one may wait for it.
+    pub(crate) held_back: bool,
     /// STI shadow: no interrupt before the next instruction has ended.
     pub(crate) sti_shadow: bool,
     /// MOV SS shadow: no interrupt, NMI or debug trap before the next instruction has ended.
@@ -210,6 +212,7 @@ impl Cpu {
             x87: X87::default(),
             system,
             apic,
+            held_back: false,
             sti_shadow: false,
             mov_ss_shadow: false,
             nmi_masked: false,

@@ -48,7 +48,7 @@ pub(crate) struct SystemState {
     lstar: u64,
     cstar: u64,
     fmask: u64,
-    kernel_gs_base: u64,
+    pub(crate) kernel_gs_base: u64,
     sysenter_cs: u64,
     sysenter_esp: u64,
     sysenter_eip: u64,

@@ -22,7 +22,7 @@ impl Compiler<'_> {
     }
 
     /// R14 becomes the host address of the slot below RSP, to write; R15 the entry. Flags are saved if they matter.
-    fn slot_to_push(&mut self, at: At, kept: Kept) -> super::emit::Label {
+    pub(crate) fn slot_to_push(&mut self, at: At, kept: Kept) -> super::emit::Label {
         let (slow, slot) = (self.asm.label(), self.slot());
         self.asm.ins(self.wide(0x8d), ADDRESS, mem(STACK, -slot));
         self.keep_flags(kept);
@@ -67,7 +67,7 @@ impl Compiler<'_> {
         });
     }
 
-    fn move_stack(&mut self, by: i32) {
+    pub(crate) fn move_stack(&mut self, by: i32) {
         self.asm.ins(self.wide(0x8d), STACK, mem(STACK, by));
     }
 
@@ -293,13 +293,7 @@ impl Compiler<'_> {
                 // Two jumps forward may go round 4 GiB.
                 self.look_at_events(None);
             }
-            if self.mode.contains(Mode::USER) {
-                self.go_far();
-            } else {
-                // A kernel's code runs under the keys of all programs.
-                let exit = self.stubs.exit;
-                lookup(self.asm, self.has_rorx, |asm| asm.jmp(exit));
-            }
+            self.go_far();
         }
     }
 

@@ -373,7 +373,8 @@ impl Compiler<'_> {
         let register = !shape::is_branch(at.i)
             && self.may_hold(at.k)
             && !names_memory(at.i)
-            && !shape::is_stack(at.i);
+            && !shape::is_stack(at.i)
+            && !super::system::is_system(at.i, self.mode);
         let last_chance = !at.live_before && at.live_after;
         if !(covered || register && !last_chance) {
             self.look_at_stores(at);

@@ -7,6 +7,7 @@ use super::jumps::{Jump, Jumps};
 use crate::cpu::{Cpu, Op};
 use crate::mmu::{DataEntry, RecentPages, Tlb};
 use crate::simd::Vectors;
+use crate::system::SystemState;
 
 /// The part of a [`Cpu`] that only translated code and its callers use.
 #[derive(Debug)]
@@ -104,7 +105,9 @@ impl Hot {
 
 /// Displacements from the stack pointer of translated code.
 pub(crate) mod at {
-    use super::{Cpu, DataEntry, Gate, Hot, RecentPages, Tlb, Vectors, offset_of};
+    use x86_defs::state::{GS, Segment};
+
+    use super::{Cpu, DataEntry, Gate, Hot, RecentPages, SystemState, Tlb, Vectors, offset_of};
 
     const HOT: usize = offset_of!(Cpu, hot);
     /// [`Tlb::data`].
@@ -162,6 +165,20 @@ pub(crate) mod at {
     pub(crate) const REGS: i32 = offset_of!(Cpu, regs) as i32;
     /// [`Cpu::bases`].
     pub(crate) const BASES: i32 = offset_of!(Cpu, bases) as i32;
+    /// The same of GS.
+    pub(crate) const GS_BASE: i32 = BASES + 8 * GS as i32;
+    /// The base of GS in [`Cpu::segments`].
+    pub(crate) const GS_SEGMENT_BASE: i32 =
+        (offset_of!(Cpu, segments) + GS * size_of::<Segment>() + offset_of!(Segment, base)) as i32;
+    /// IA32_KERNEL_GS_BASE.
+    pub(crate) const KERNEL_GS_BASE: i32 =
+        (offset_of!(Cpu, system) + offset_of!(SystemState, kernel_gs_base)) as i32;
+    /// [`Cpu::cpl`].
+    pub(crate) const CPL: i32 = offset_of!(Cpu, cpl) as i32;
+    /// [`Cpu::sti_shadow`].
+    pub(crate) const STI_SHADOW: i32 = offset_of!(Cpu, sti_shadow) as i32;
+    /// [`Cpu::held_back`].
+    pub(crate) const HELD_BACK: i32 = offset_of!(Cpu, held_back) as i32;
     /// The vector registers.
     pub(crate) const YMM: i32 = (offset_of!(Cpu, vectors) + offset_of!(Vectors, ymm)) as i32;
     /// MXCSR.

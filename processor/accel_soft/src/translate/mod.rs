@@ -5,7 +5,7 @@
 //! | `code`, `cold` | a compiler of blocks: memory operands, flags; what goes out of line |
 //! | `held` | one look-up for several accesses to one object |
 //! | `native` | instructions that are executed as they are |
-//! | `branch`, `divide`, `string` | branches and the stack; division; REP MOVS and STOS |
+//! | `branch`, `divide`, `string`, `system` | branches and the stack; division; REP MOVS and STOS; flags and bases of the system |
 //! | `shape`, `encoding`, `flags`, `liveness` | what there is to know of an instruction |
 //! | `emit`, `memory` | bytes of code, and where they are kept |
 //! | `registers`, `hot`, `home` | where the guest's state is |
@@ -37,6 +37,7 @@ mod runtime;
 mod shape;
 mod string;
 mod stubs;
+mod system;
 #[cfg(test)]
 mod tests;
 
@@ -677,6 +678,9 @@ impl Compiler<'_> {
         if string::is_string(at.i) {
             *ended = last && self.string(at);
             return *ended;
+        }
+        if system::is_system(at.i, self.mode) {
+            return self.system(at, last);
         }
         if shape::is_stack(at.i) {
             return self.stack_instruction(at);

@@ -78,6 +78,9 @@ pub(crate) fn is_known(i: &Instruction, mode: Mode) -> bool {
     if super::string::is_string(i) {
         return mode.is_64bit();
     }
+    if super::system::is_system(i, mode) {
+        return true;
+    }
     if is_x87(i) {
         return mode.contains(Mode::X87);
     }

@@ -243,3 +243,38 @@ fn a_call_through_the_slot_it_pushes_to_is_done_once() {
     run_to(&mut engine, end);
     assert_eq!(engine.cpu.regs[5], u64::from(TIMES));
 }
+
+/// A kernel's loop over flags, CLI, STI, CLD, SWAPGS and fences. It leaves sums of what it has seen.
+fn kernel_loop(translated: bool) -> [u64; 16] {
+    // 0: mov ecx, 300; mov esp, 20800h; STD; 11: cmp al, cl.
+    let mut code = vec![0xb9, 0x2c, 1, 0, 0, 0xbc, 0, 8, 2, 0, 0xfd, 0x38, 0xc8];
+    // Thrice: CLI, STI or CLD; PUSHFQ; setb dl; add ebx, edx; pop rdi; add rbp, rdi.
+    for instruction in [0xfa, 0xfb, 0xfc] {
+        code.extend([instruction, 0x9c, 0x0f, 0x92, 0xc2, 0x01, 0xd3, 0x5f]);
+        code.extend([0x48, 0x01, 0xfd]);
+    }
+    // PUSHFQ, whose flags nothing needs afterwards; pop rdi; add eax, edi.
+    code.extend([0x9c, 0x5f, 0x01, 0xf8]);
+    // SWAPGS; fences; seta dl; add ebx, edx; mov rdi, gs:[0]; add rsi, rdi; STI; add eax, 77; dec ecx; jnz 11.
+    code.extend([0x0f, 0x01, 0xf8, 0x0f, 0xae, 0xe8, 0x0f, 0xae, 0xf0]);
+    code.extend([0x0f, 0xae, 0xf8, 0x0f, 0x97, 0xc2, 0x01, 0xd3]);
+    code.extend([0x65, 0x48, 0x8b, 0x3c, 0x25, 0, 0, 0, 0]);
+    code.extend([0x48, 0x01, 0xfe, 0xfb, 0x83, 0xc0, 77, 0xff, 0xc9, 0x75]);
+    code.push(11_u8.wrapping_sub(code.len() as u8 + 1));
+    // PUSHFQ; pop r8; spins.
+    code.extend([0x9c, 0x41, 0x58, 0xeb, 0xfe]);
+    let mut engine = engine(64, &code);
+    engine.cpu.system.kernel_gs_base = 0x2_0000;
+    let memory = engine.cpu.machine.memory.clone();
+    memory.load(0x2_0000, &[9, 1, 0, 0, 0, 0, 0, 0]).unwrap();
+    engine.options.hot_after = if translated { 1 } else { 60_000 };
+    let end = engine.cpu.rip + code.len() as u64 - 2;
+    run_to(&mut engine, end);
+    assert!(engine.cpu.system_flag(x86_defs::control::Rflags::IF));
+    std::array::from_fn(|n| engine.cpu.regs[n])
+}
+
+#[test]
+fn flags_and_bases_of_a_kernel_are_as_interpreted() {
+    assert_eq!(kernel_loop(true), kernel_loop(false));
+}
