@@ -3,12 +3,15 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::commands::{Control, Refusal, Request, Session, version};
 
+/// How long an answer may take to be sent when the server ends.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Most bytes of one request.
 const MAX_REQUEST: usize = 16 << 20;
 
@@ -58,6 +61,8 @@ pub(crate) struct Client {
     session: Session,
     /// Messages go out one after the other.
     sending: Mutex<()>,
+    /// Held from a request to its answer.
+    answering: Mutex<()>,
 }
 
 impl Client {
@@ -66,6 +71,7 @@ impl Client {
             stream,
             session: Session::default(),
             sending: Mutex::default(),
+            answering: Mutex::default(),
         })
     }
 
@@ -89,6 +95,13 @@ impl Client {
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
     }
 
+    /// Ends the conversation once the request at hand has been answered, which for `quit` is after the machine has heard of
+    /// it. A client that takes no answer is not waited for long.
+    pub(crate) fn finish(&self) {
+        let _answered = self.answering.try_lock_for(PATIENCE);
+        self.close();
+    }
+
     /// Converses until the client goes.
     pub(crate) fn serve(&self, machine: &dyn Control) -> std::io::Result<()> {
         self.send(&json!({ "QMP": { "version": version(), "capabilities": [] } }))?;
@@ -107,6 +120,7 @@ impl Client {
     }
 
     fn answer(&self, value: Result<Value, Refusal>, machine: &dyn Control) -> std::io::Result<()> {
+        let _answering = self.answering.lock();
         let (id, result) = match value.map_err(|r| (None, r)).and_then(Request::parse) {
             Err((id, refusal)) => (id, Err(refusal)),
             Ok(request) => {

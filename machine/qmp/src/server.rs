@@ -83,11 +83,9 @@ impl Drop for Server {
         self.shared.ended.store(true, Ordering::SeqCst);
         // The listening thread wakes for one more client.
         let _ = std::os::unix::net::UnixStream::connect(&self.path);
-        self.shared
-            .clients
-            .lock()
-            .iter()
-            .for_each(|client| client.close());
+        // A client that goes by itself takes itself off the list meanwhile.
+        let clients = self.shared.clients.lock().clone();
+        clients.iter().for_each(|client| client.finish());
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -155,6 +153,8 @@ mod tests {
         }
         fn quit(&self) {
             self.0.lock().push("quit");
+            // The server may be gone before this returns.
+            std::thread::sleep(std::time::Duration::from_millis(50));
         }
         fn balloon(&self, _target: u64) -> bool {
             self.0.lock().push("balloon");
@@ -215,6 +215,20 @@ mod tests {
             error["class"].as_str().unwrap(),
             error["desc"].as_str().unwrap(),
         )
+    }
+
+    #[test]
+    fn quit_is_answered_though_the_server_goes() {
+        let (_dir, machine, server, mut talk) = server();
+        talk.say(r#"{"execute":"qmp_capabilities"}"#);
+        let ender = std::thread::spawn(move || {
+            while !machine.0.lock().contains(&"quit") {
+                std::thread::yield_now();
+            }
+            drop(server);
+        });
+        assert_eq!(talk.say(r#"{"execute":"quit"}"#), json!({ "return": {} }));
+        ender.join().unwrap();
     }
 
     #[test]
