@@ -15,13 +15,14 @@ pub(crate) struct Options {
 }
 
 /// Peers and tools that tests compare with.
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 16] = [
     "gcc",
     "libc6-dev",
     "binutils",
     "acpica-tools",
     "busybox-static",
     "bzip2",
+    "cryptsetup-bin",
     "e2fsprogs",
     "iproute2",
     "lz4",
