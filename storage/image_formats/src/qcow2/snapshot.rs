@@ -383,13 +383,7 @@ impl Qcow2 {
         if result.is_err() && counted > 0 {
             self.change_references(l1, -1, counted, &mut 0).await?;
         }
-        result.map_err(|error| match error.kind() {
-            ErrorKind::NoSpace => {
-                let message = "the refcounts are too narrow for one more snapshot";
-                BlockError::new(ErrorKind::NoSpace, message)
-            }
-            _ => error,
-        })
+        result
     }
 
     /// Changes the refcounts behind the first `limit` references of an L1 table; counts the references in `done`.
@@ -407,6 +401,10 @@ impl Qcow2 {
             for cluster in std::iter::once(table).chain(data) {
                 if *done == limit {
                     return Ok(());
+                }
+                if delta > 0 && self.refcount(cluster).await? == self.geometry.max_refcount() {
+                    let message = "the refcounts are too narrow for one more snapshot";
+                    return Err(BlockError::new(ErrorKind::NoSpace, message));
                 }
                 self.change_refcount(cluster, delta).await?;
                 *done += 1;
