@@ -278,3 +278,25 @@ fn kernel_loop(translated: bool) -> [u64; 16] {
 fn flags_and_bases_of_a_kernel_are_as_interpreted() {
     assert_eq!(kernel_loop(true), kernel_loop(false));
 }
+
+/// A loop that is interruptible for one instruction at a time, and whose interrupt comes when it is not.
+#[test]
+fn an_interrupt_that_waits_for_sti_is_delivered() {
+    // 0: jmp 2; sti; nop; cli; jmp 0. The shadow that is left from the last STI lets the first jump go before the look.
+    let mut engine = engine(64, &[0xeb, 0, 0xfb, 0x90, 0xfa, 0xeb, 0xf9]);
+    engine.options.hot_after = 1;
+    // The local APIC's spurious interrupt vector register: enabled.
+    let _ = engine.cpu.apic.write_page(0xf0, 0x1ff);
+    let shared = engine.cpu.shared.clone();
+    let sender = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        shared.mailbox.request(0x40, false);
+        std::thread::sleep(Duration::from_secs(5));
+        shared.mailbox.raise(Event::KICK);
+    });
+    // No interrupt can be delivered without a descriptor table.
+    assert_eq!(engine.run(&Ports::default()), accel::Exit::Shutdown);
+    let counts = engine.translator.as_ref().unwrap().statistics;
+    assert!(counts.blocks > 0, "nothing was translated");
+    drop(sender);
+}
