@@ -11,7 +11,7 @@ mod state;
 
 pub(crate) use access::{Access, Mapping, Value};
 pub(crate) use fault::{Exception, Fault, Result};
-pub(crate) use flags::Status;
+pub(crate) use flags::{STATUS, Status};
 pub(crate) use machine::{Counters, Machine, Published, VcpuShared};
 pub(crate) use mode::{Mode, Privilege};
 pub(crate) use op::{

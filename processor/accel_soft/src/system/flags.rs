@@ -3,11 +3,7 @@
 use x86_defs::control::{Cr4, Rflags};
 use x86_defs::state::SS;
 
-use crate::cpu::{Cpu, Op, Result, Status, Value};
-
-/// The status flags in RFLAGS.
-const STATUS: u64 = (Rflags::CF.bits() | Rflags::PF.bits() | Rflags::AF.bits())
-    | (Rflags::ZF.bits() | Rflags::SF.bits() | Rflags::OF.bits());
+use crate::cpu::{Cpu, Op, Result, STATUS, Status, Value};
 
 impl Cpu {
     /// RFLAGS.IOPL.

@@ -375,7 +375,7 @@ impl Compiler<'_> {
     }
 
     /// The interpreter does the branch when the label is reached; the flags are in memory if they matter.
-    fn missed(&mut self, at: At, from: super::emit::Label, stack: i32) {
+    pub(crate) fn missed(&mut self, at: At, from: super::emit::Label, stack: i32) {
         let op = self.op_number(at);
         self.cold.push(Cold::Missed {
             from,

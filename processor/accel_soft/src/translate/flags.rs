@@ -10,9 +10,6 @@ pub(crate) const ALL: u32 = RflagsBits::OF
     | RflagsBits::CF
     | RflagsBits::PF;
 
-/// Where they are in RFLAGS.
-pub(crate) const STATUS: u32 = 0x8d5;
-
 /// What an instruction does with the status flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Effect {

@@ -4,11 +4,10 @@ use iced_x86::{Code, Instruction, Mnemonic as M};
 
 use super::branch::usual;
 use super::code::{At, Compiler};
-use super::cold::{Cold, Target};
+use super::cold::Target;
 use super::emit::{Label, R14, R15, Reg, Rm, cc, hot, mem, op};
-use super::flags::STATUS;
 use super::hot::at;
-use crate::cpu::Mode;
+use crate::cpu::{Mode, STATUS};
 
 /// The interrupt and the direction flag in the second byte of RFLAGS.
 const IF: u8 = 2;
@@ -67,18 +66,8 @@ impl Compiler<'_> {
         self.keep_flags(usual(at));
         self.compare_byte(at::CPL, 0);
         self.asm.jcc(cc::NE, slow);
-        self.leave_to_interpreter(at, slow);
+        self.missed(at, slow, 0);
         slow
-    }
-
-    fn leave_to_interpreter(&mut self, at: At, from: Label) {
-        let op = self.op_number(at);
-        self.cold.push(Cold::Missed {
-            from,
-            op,
-            stack: 0,
-            kept: usual(at),
-        });
     }
 
     fn clear_system_flag(&mut self, flag: u8) {
@@ -119,7 +108,7 @@ impl Compiler<'_> {
         self.asm.store(hot(at::SAVED_ENTRY), R14);
         let kept = usual(at);
         let slow = self.slot_to_push(at, kept);
-        self.leave_to_interpreter(at, slow);
+        self.missed(at, slow, 0);
         self.asm.load(R15, hot(at::SAVED_ENTRY));
         self.and(R15, STATUS as i32);
         self.asm
