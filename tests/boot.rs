@@ -10,17 +10,30 @@ use std::process::Stdio;
 
 use machine::{Machine, guest, guest_with, run_to_end};
 
+/// QEMU's TCG gets warnings with two vCPUs and more, about memory type registers and clocks; this machine must not.
 #[test]
-fn boots_to_user_space_and_powers_off() {
-    let script =
-        "uname -a;grep -c processor /proc/cpuinfo;dmesg -r|grep '^<[0-4]>'|sed s/^/WARNING:/";
-    let Some(mut run) = guest("boots_to_user_space_and_powers_off", script) else {
-        return;
-    };
-    let text = run_to_end(&mut run);
-    assert!(text.contains("cloud-amd64 #1 SMP"), "{text}");
-    let warnings: Vec<&str> = text.lines().filter(|l| l.starts_with("WARNING:")).collect();
-    assert!(warnings.is_empty(), "{warnings:#?}");
+fn boots_with_no_warning_of_the_kernel_and_powers_off() {
+    let script = "uname -a;grep -c ^processor /proc/cpuinfo|sed s/^/CPUS-/;dmesg -r|grep '^<[0-4]>'|sed s/^/WARNING:/";
+    for cpus in ["1", "2", "4"] {
+        let Some(mut run) = guest("boots_with_no_warning_of_the_kernel", script) else {
+            return;
+        };
+        let text = run_to_end(run.args(["--cpus", cpus]));
+        assert!(text.contains("cloud-amd64 #1 SMP"), "{text}");
+        assert!(text.contains(&format!("CPUS-{cpus}\n")), "{text}");
+        // The list of vCPUs that come up is one line in pieces; what another vCPU says between them makes a piece a line of its
+        // own, which has no level then and counts as a warning. It is one under QEMU as well.
+        let piece = |line: &str| {
+            let rest = line.rsplit_once("] ").map_or("", |(_, rest)| rest).trim();
+            rest.strip_prefix('#')
+                .is_some_and(|n| n.parse::<u32>().is_ok())
+        };
+        let warnings = text
+            .lines()
+            .filter(|l| l.starts_with("WARNING:") && !piece(l));
+        let warnings: Vec<&str> = warnings.collect();
+        assert!(warnings.is_empty(), "{cpus} vCPUs: {warnings:#?}");
+    }
 }
 
 #[test]
@@ -86,25 +99,6 @@ fn four_vcpus_come_up_and_work() {
     }
 }
 
-/// A 64-bit ELF file with this code at 1 MiB.
-fn elf_of(code: &[u8]) -> Vec<u8> {
-    const START: u64 = 0x10_0000;
-    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
-    for word in [START, 64, 0] {
-        file.extend(word.to_le_bytes());
-    }
-    for half in [0u16, 0, 64, 56, 1, 0, 0, 0] {
-        file.extend(half.to_le_bytes());
-    }
-    file.extend(0x5_0000_0001u64.to_le_bytes()); // PT_LOAD, readable and executable
-    let size = code.len() as u64;
-    for word in [120, START, START, size, size, 0x1000] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(code);
-    file
-}
-
 #[test]
 fn the_debug_console_takes_what_is_written_to_its_port() {
     let dir = tempfile::tempdir().unwrap();
@@ -114,7 +108,7 @@ fn the_debug_console_takes_what_is_written_to_its_port() {
         0x66, 0xba, 0x02, 0x04, 0xec, 0xee, 0xb0, b'x', 0xee, 0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x0e,
         0xee, 0xf4,
     ];
-    std::fs::write(&kernel, elf_of(&code)).unwrap();
+    std::fs::write(&kernel, machine::elf_of(&code)).unwrap();
     let Some(mut run) = machine::corten() else {
         println!("skipped: the_debug_console_takes_what_is_written_to_its_port: no binary");
         return;

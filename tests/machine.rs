@@ -83,6 +83,20 @@ impl Machine {
         }
     }
 
+    /// A process whose console is elsewhere.
+    pub(crate) fn of(child: Child) -> Self {
+        Self {
+            child,
+            output: channel().1,
+            text: String::new(),
+        }
+    }
+
+    /// All that the console has shown.
+    pub(crate) fn shown(&self) -> &str {
+        &self.text
+    }
+
     /// Waits for text on the console.
     pub(crate) fn expect(&mut self, wanted: &str) {
         let end = Instant::now() + LIMIT;
@@ -128,9 +142,15 @@ impl Machine {
         {
             self.text.push_str(&String::from_utf8_lossy(&bytes));
         }
+        (self.end(), std::mem::take(&mut self.text))
+    }
+
+    /// Waits for the end of the process.
+    pub(crate) fn end(&mut self) -> ExitStatus {
+        let end = Instant::now() + LIMIT;
         loop {
             if let Some(status) = self.child.try_wait().expect("a child") {
-                return (status, std::mem::take(&mut self.text));
+                return status;
             }
             assert!(
                 Instant::now() < end,
@@ -158,4 +178,23 @@ pub(crate) fn run_to_end(command: &mut Command) -> String {
         "the guest did not come to its end:\n{text}"
     );
     text.replace('\r', "")
+}
+
+/// A 64-bit ELF file with this code at 1 MiB.
+pub(crate) fn elf_of(code: &[u8]) -> Vec<u8> {
+    const START: u64 = 0x10_0000;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    for word in [START, 64, 0] {
+        file.extend(word.to_le_bytes());
+    }
+    for half in [0u16, 0, 64, 56, 1, 0, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    file.extend(0x5_0000_0001u64.to_le_bytes()); // PT_LOAD, readable and executable
+    let size = code.len() as u64;
+    for word in [120, START, START, size, size, 0x1000] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(code);
+    file
 }

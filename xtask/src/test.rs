@@ -40,7 +40,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !options.no_lint {
         lint()?;
     }
-    let boot = guest::test_guest()?;
+    let (boot, installer) = (guest::test_guest()?, guest::installer()?);
     // The whole-system tests run the binary that people run, and find their guest by these names.
     let corten = host::build_corten()?;
     let mut tests = command("cargo");
@@ -54,7 +54,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     tests.env("CORTEN", corten);
     tests
         .env("CORTEN_TEST_KERNEL", boot.kernel)
-        .env("CORTEN_TEST_INITRD", boot.initrd);
+        .env("CORTEN_TEST_INITRD", boot.initrd)
+        .env("CORTEN_TEST_INSTALLER_KERNEL", installer.kernel)
+        .env("CORTEN_TEST_INSTALLER_INITRD", installer.initrd);
     let mut tally = Tally::new();
     let result = tally.run(&mut tests);
     eprintln!("xtask: {} s", start.elapsed().as_secs());

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::package;
 use crate::Result;
 use crate::host::{self, command};
 
@@ -56,31 +57,7 @@ pub(crate) fn fetch() -> Result<Kernel> {
         host::update_package_lists()?;
         policy = dependency();
     }
-    let package = policy?;
-    eprintln!("fetching {package}");
-    if host::run_quietly(
-        command("apt-get")
-            .args(["download", "-q", &package])
-            .current_dir(&folder),
-    )
-    .is_err()
-    {
-        host::update_package_lists()?;
-        host::run_quietly(
-            command("apt-get")
-                .args(["download", "-q", &package])
-                .current_dir(&folder),
-        )?;
-    }
-    let archive = entry(&folder, |name| {
-        name.starts_with(&package) && name.ends_with(".deb")
-    })?;
-    host::run_quietly(
-        command("dpkg-deb")
-            .arg("-x")
-            .arg(folder.join(archive))
-            .arg(&folder),
-    )?;
+    package::unpack(&policy?, &folder)?;
     let kernel = find(&folder)?;
     host::run_quietly(
         command("/sbin/depmod")
@@ -101,21 +78,9 @@ fn dependency() -> Result<String> {
         .ok_or_else(|| format!("{PACKAGE}: depends on no kernel; are the package lists there?"))
 }
 
-fn entry(folder: &Path, wanted: impl Fn(&str) -> bool) -> Result<String> {
-    let entries = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let mut names: Vec<String> = entries
-        .filter_map(|e| e.ok()?.file_name().into_string().ok())
-        .filter(|name| wanted(name))
-        .collect();
-    names.sort();
-    names
-        .pop()
-        .ok_or_else(|| format!("{}: not what was expected inside", folder.display()))
-}
-
 fn find(folder: &Path) -> Result<Kernel> {
     let boot = folder.join("boot");
-    let name = entry(&boot, |name| name.starts_with("vmlinuz-"))?;
+    let name = package::entry(&boot, |name| name.starts_with("vmlinuz-"))?;
     let version = name.trim_start_matches("vmlinuz-").to_owned();
     let modules = folder.join("lib/modules").join(&version);
     if !modules.is_dir() {

@@ -2,6 +2,7 @@
 
 mod initramfs;
 mod kernel;
+mod package;
 mod root_disk;
 
 use std::path::{Path, PathBuf};
@@ -44,6 +45,21 @@ pub(crate) fn test_guest() -> Result<Boot> {
         kernel: kernel.image,
         initrd,
     })
+}
+
+/// Debian's installer as it starts from a network, with the screens for a text terminal.
+pub(crate) fn installer() -> Result<Boot> {
+    const PACKAGE: &str = "debian-installer-12-netboot-amd64";
+    const IMAGES: &str = "usr/lib/debian-installer/images/12/amd64/text/debian-installer/amd64";
+    let folder = host::folder("guest/installer")?;
+    let boot = Boot {
+        kernel: folder.join(IMAGES).join("linux"),
+        initrd: folder.join(IMAGES).join("initrd.gz"),
+    };
+    if !(boot.kernel.is_file() && boot.initrd.is_file()) {
+        package::unpack(PACKAGE, &folder)?;
+    }
+    Ok(boot)
 }
 
 /// Debian's kernel, and a RAM disk with busybox and a program, which runs a script.
