@@ -115,26 +115,22 @@ impl TimerState {
         }
     }
 
-    /// True for a periodic timer whose comparator the counter has met already: time goes on between two looks at it.
-    fn has_passed(&self, counter: u64) -> bool {
+    /// Ticks since `counter` met a periodic timer's comparator, when it has: time goes on between two looks at it.
+    fn behind(&self, counter: u64) -> Option<u64> {
         let behind = if self.wraps_at_32_bits() {
             i64::from((counter as u32).wrapping_sub(self.comparator as u32) as i32)
         } else {
             counter.wrapping_sub(self.comparator) as i64
         };
-        self.config.periodic() && self.period != 0 && behind >= 0
+        let repeats = self.config.periodic() && self.period != 0;
+        u64::try_from(behind).ok().filter(|_| repeats)
     }
 
-    /// Moves a periodic timer's comparator behind `counter`, which has met it.
-    fn advance(&mut self, counter: u64) {
-        if self.period == 0 {
+    /// Moves a periodic timer's comparator to its next match, when the counter has gone `behind` ticks past this one.
+    fn advance(&mut self, behind: u64) {
+        if !self.config.periodic() || self.period == 0 {
             return;
         }
-        let behind = if self.wraps_at_32_bits() {
-            u64::from((counter as u32).wrapping_sub(self.comparator as u32))
-        } else {
-            counter.wrapping_sub(self.comparator)
-        };
         let steps = behind / self.period + 1;
         self.comparator = self
             .comparator
@@ -143,6 +139,17 @@ impl TimerState {
             self.comparator &= 0xffff_ffff;
         }
     }
+}
+
+/// The next time that the counter meets a timer's comparator.
+#[derive(Clone, Copy)]
+struct Match {
+    /// The comparator that it was reckoned for.
+    comparator: u64,
+    /// The whole counter then.
+    counter: u64,
+    /// Guest time when that is seen to.
+    at: u64,
 }
 
 /// Volatile guest state.
@@ -154,8 +161,8 @@ struct State {
     counter: u64,
     since: u64,
     timers: [TimerState; TIMERS],
-    /// The counter at which each armed timer is due, and the guest time of that.
-    due: [Option<(u64, u64)>; TIMERS],
+    /// When each timer is due that has something to do then.
+    due: [Option<Match>; TIMERS],
     /// The line that each timer drives, with where it goes.
     lines: [Option<(Route, IrqLine)>; TIMERS],
 }
@@ -298,48 +305,81 @@ impl Hpet {
         }
     }
 
-    /// Arms timer `n` for its comparator. It is armed whether its interrupt is enabled or not only as far as somebody could see the
-    /// difference: a silent edge-triggered timer sleeps.
+    /// Reckons when timer `n` is due, and wakes for it when an interrupt comes then. Nobody notices the other timers before the
+    /// registers are looked at; [`Self::catch_up`] sees to them.
     fn arm(&self, state: &mut State, n: usize, now: u64) {
         let timer = &state.timers[n];
-        let visible = timer.config.enabled() || timer.config.level() || timer.config.periodic();
+        let enabled = timer.config.enabled();
+        let visible = enabled || timer.config.level() || timer.config.periodic();
         if !state.running() || !visible {
             state.due[n] = None;
             self.wake[n].disarm();
             return;
         }
-        let counter = state.counter(now);
-        let due = match state.due[n] {
-            // Armed already for what it would be armed for now, though the counter may have just met it.
-            Some((due, _)) if due == timer.comparator => return,
-            _ if timer.has_passed(counter) => 0,
-            _ => timer.distance(counter),
+        // It may be armed already for what it would be armed for now, though the counter may have just met it.
+        let armed = state.due[n].filter(|due| due.comparator == timer.comparator);
+        let due = armed.unwrap_or_else(|| Self::next_match(state, n, now));
+        state.due[n] = Some(due);
+        if !enabled {
+            self.wake[n].disarm();
+        } else if armed.is_none() {
+            self.wake[n].arm(due.at);
+        }
+    }
+
+    fn next_match(state: &State, n: usize, now: u64) -> Match {
+        let (timer, counter) = (&state.timers[n], state.counter(now));
+        let (distance, met) = match timer.behind(counter) {
+            Some(behind) => (0, counter.wrapping_sub(behind)),
+            None => {
+                let distance = timer.distance(counter);
+                (distance, counter.wrapping_add(distance))
+            }
         };
         let base = now - now.saturating_sub(state.since) % PERIOD_NS;
-        let mut at = base.saturating_add(due.saturating_mul(PERIOD_NS));
+        let mut at = base.saturating_add(distance.saturating_mul(PERIOD_NS));
         if timer.config.periodic() && timer.period.saturating_mul(PERIOD_NS) < SHORTEST_PERIOD {
             at = at.max(now.saturating_add(SHORTEST_PERIOD));
         }
-        state.due[n] = Some((timer.comparator, at));
-        self.wake[n].arm(at);
+        Match {
+            comparator: timer.comparator,
+            counter: met,
+            at,
+        }
     }
 
-    /// Timer `n` is due.
+    /// The clock's call for timer `n`.
     fn expire(&self, n: usize) {
         let mut state = self.state.lock();
+        let now = self.clock.now();
         // A call may have begun for an earlier deadline, while the guest set a new one that has yet to come.
-        let due = state.due[n].filter(|(_, at)| *at <= self.clock.now());
-        if due.is_none() || !state.running() {
-            return;
+        if self.meet(&mut state, n, now) {
+            self.sync(&mut state);
         }
+    }
+
+    /// Does what timer `n` does when the counter meets its comparator; false when that has yet to come.
+    fn meet(&self, state: &mut State, n: usize, now: u64) -> bool {
+        let Some(due) = state.due[n].filter(|due| due.at <= now && state.running()) else {
+            return false;
+        };
         state.due[n] = None;
-        let counter = state.counter(self.clock.now());
-        let timer = &mut state.timers[n];
-        if timer.config.periodic() {
-            timer.advance(counter);
+        let behind = state.counter(now).wrapping_sub(due.counter);
+        state.timers[n].advance(behind);
+        self.interrupt(state, n);
+        true
+    }
+
+    /// Does what silent timers would have done by now.
+    fn catch_up(&self, state: &mut State) {
+        let now = self.clock.now();
+        let mut any = false;
+        for n in 0..TIMERS {
+            any |= !state.timers[n].config.enabled() && self.meet(state, n, now);
         }
-        self.interrupt(&mut state, n);
-        self.sync(&mut state);
+        if any {
+            self.sync(state);
+        }
     }
 
     fn interrupt(&self, state: &mut State, n: usize) {
@@ -457,7 +497,8 @@ impl IoHandler for Hpet {
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        self.catch_up(&mut state);
         let value = self.read_register(&state, offset & !7) >> (8 * (offset & 7));
         let len = data.len().min(8);
         data[..len].copy_from_slice(&value.to_le_bytes()[..len]);
@@ -472,6 +513,7 @@ impl IoHandler for Hpet {
         bytes[at..at + data.len()].copy_from_slice(data);
         let mask = u64::MAX >> (64 - 8 * data.len() as u32) << (8 * at);
         let mut state = self.state.lock();
+        self.catch_up(&mut state);
         self.write_register(&mut state, offset & !7, u64::from_le_bytes(bytes), mask);
         self.sync(&mut state);
     }
@@ -505,7 +547,10 @@ mod tests {
     }
 
     fn bench() -> Bench {
-        let clock = GuestClock::new();
+        bench_on(GuestClock::new())
+    }
+
+    fn bench_on(clock: GuestClock) -> Bench {
         let gsi: Vec<Line> = (0..24).map(|_| Line::new()).collect();
         let legacy: Vec<Line> = (0..2).map(|_| Line::new()).collect();
         let messages = Arc::new(Recorder::default());
@@ -613,6 +658,34 @@ mod tests {
         b.hpet.expire(0);
         assert_eq!(b.gsi[20].edges(), 1);
         assert_eq!(b.get(TIM0_CONF + 8), SHORTEST_PERIOD / PERIOD_NS + 1);
+    }
+
+    /// What nobody is told of is reckoned when somebody looks.
+    #[test]
+    fn a_silent_timer_sleeps_and_is_seen_to_have_run() {
+        const PERIOD_TICKS: u64 = 100_000;
+        for (config, wrap) in [(0x48, None), (0x148, Some(1u64 << 32))] {
+            let b = bench_on(GuestClock::stepped());
+            let sleep = |ticks: u64| assert_eq!(b.clock.advance(ticks * PERIOD_NS, 1), 0);
+            b.put(TIM0_CONF, config | 20 << 9); // periodic, set value; not enabled
+            b.put(TIM0_CONF + 8, 500_000);
+            b.put(TIM0_CONF + 8, PERIOD_TICKS);
+            b.put(TIM0_CONF + 0x20, 2 | 21 << 9); // level, one shot; not enabled
+            b.put(TIM0_CONF + 0x28, 650_000);
+            b.put(GEN_CONF, ENABLE_CNF);
+            sleep(649_999);
+            assert_eq!((b.get(TIM0_CONF + 8), b.get(GINTR_STA)), (700_000, 0));
+            sleep(1);
+            assert_eq!((b.get(TIM0_CONF + 8), b.get(GINTR_STA)), (700_000, 2));
+            // Longer than the counter's low half takes to come round.
+            sleep(3 << 32);
+            let next = ((3 << 32) + 650_000u64).next_multiple_of(PERIOD_TICKS);
+            assert_eq!(b.get(TIM0_CONF + 8), wrap.map_or(next, |wrap| next % wrap));
+            // It wakes for the next one as soon as it is told to interrupt.
+            b.put(TIM0_CONF, config & !0x40 | 0x4 | 20 << 9);
+            sleep(next - (3 << 32) - 650_000 - 1);
+            assert_eq!((b.clock.advance(PERIOD_NS, 2), b.gsi[20].edges()), (1, 1));
+        }
     }
 
     #[test]
