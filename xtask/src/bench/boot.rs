@@ -1,20 +1,36 @@
-//! `cargo xtask bench boot`: Debian's kernel to the first line of user space, and what the process weighs then.
+//! `cargo xtask bench boot`: Debian's kernel to the first line of user space and what the process weighs then, then disks
+//! and network cards.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::process::{Memory, memory};
-use super::{GUEST_MEMORY, Machine, median, qemu};
+use super::{GUEST_MEMORY, Machine, devices, median, qemu};
 use crate::Result;
 use crate::console::Console;
-use crate::guest;
+use crate::guest::{self, Boot};
 use crate::host::{self, command};
+
+/// Options of this measurement.
+#[derive(clap::Args)]
+#[group(skip)] // its name would be that of the other's options
+pub(super) struct Options {
+    /// Leave the disks and network cards out
+    #[arg(long)]
+    no_devices: bool,
+    #[command(flatten)]
+    devices: devices::Options,
+}
 
 /// Longest time for one boot.
 const LIMIT: Duration = Duration::from_secs(300);
 /// The machine waits behind its first line, so that there is time to look at its memory.
-const APPEND: &str = "console=ttyS0 panic=-1 quiet run=sleep+60";
+const STAY: &str = "sleep+60";
+/// The option that leaves translation out.
+const INTERPRETER: &str = ",translate=off";
 const FIRST_LINE: &str = "GUEST-USER-SPACE";
 const STARTS: u32 = 9;
 
@@ -82,47 +98,123 @@ impl Boots {
     }
 }
 
+/// Seconds to the first line of user space, and million guest instructions in a second that is not spent halted, as
+/// `--stats` says at the machine's end.
+fn with_statistics(command: &mut Command) -> Result<(f64, f64)> {
+    let path = host::folder("bench")?.join("statistics");
+    let failed = |e: std::io::Error| format!("{}: {e}", path.display());
+    let file = File::create(&path).map_err(failed)?;
+    let start = Instant::now();
+    let mut console = Console::start(command.arg("--stats").stderr(file), false)?;
+    console.expect(FIRST_LINE, LIMIT)?;
+    let seconds = start.elapsed().as_secs_f64();
+    console.wait(LIMIT)?;
+    let text = std::fs::read_to_string(&path).map_err(failed)?;
+    let mips = text
+        .split_once(" MIPS while not halted")
+        .and_then(|(before, _)| {
+            let number = before.rsplit(' ').next()?;
+            number.parse().ok()
+        });
+    let mips = mips.ok_or_else(|| format!("{}: no MIPS in it", path.display()))?;
+    Ok((seconds, mips))
+}
+
+/// The guest under `--accel` with these words behind `soft`, which does `work` in user space.
+fn ours(corten: &Path, guest: &Boot, options: &str, work: &str) -> Command {
+    let mut run = command(corten);
+    run.args(["run", "--accel", &format!("soft{options}")]);
+    run.args(["--memory", "1G"]);
+    run.args(["--serial", "stdio", "--no-reboot", "--net", "none"]);
+    run.arg("--append").arg(append(work));
+    run.arg("--kernel").arg(&guest.kernel);
+    run.arg("--initrd").arg(&guest.initrd);
+    run
+}
+
+fn append(work: &str) -> String {
+    format!("console=ttyS0 panic=-1 quiet run={work}")
+}
+
+/// Median seconds from the process's start to the guest's first instruction.
+fn first_instruction(mut machine: impl FnMut() -> Command) -> Result<f64> {
+    let mut starts = Vec::new();
+    for _ in 0..STARTS {
+        starts.push(to_first_instruction(&mut machine())?);
+    }
+    Ok(median(starts))
+}
+
 /// Measures, and prints.
-pub(super) fn run(runs: u32) -> Result<()> {
+pub(super) fn run(options: &Options, runs: u32) -> Result<()> {
     host::need_packages(&["qemu-system-x86"])?;
     let corten = host::build_corten()?;
     let guest = guest::test_guest()?;
-    let ours = || {
-        let mut run = command(&corten);
-        run.args(["run", "--accel", "soft", "--memory", "1G"]);
-        run.args(["--serial", "stdio", "--no-reboot", "--net", "none"]);
-        run.args(["--append", APPEND]);
-        run.arg("--kernel").arg(&guest.kernel);
-        run.arg("--initrd").arg(&guest.initrd);
-        run
-    };
-    let theirs = || qemu(&guest, APPEND, Machine::Software);
-    let (mut a, mut b) = (Boots::default(), Boots::default());
-    let mut ratios = Vec::new();
+    boots(&corten, &guest, runs)?;
+    starts(&corten, &guest)?;
+    if options.no_devices {
+        return Ok(());
+    }
+    devices::run(&options.devices, runs)
+}
+
+fn boots(corten: &Path, guest: &Boot, runs: u32) -> Result<()> {
+    let (mut translated, mut peer) = (Boots::default(), Boots::default());
+    let (mut interpreted, mut mips) = (Vec::new(), Vec::new());
+    let (mut ratios, mut interpreted_ratios) = (Vec::new(), Vec::new());
     for n in 1..=runs {
-        // A whole boot comes first, so the kernel has been decompressed and kept by the time that starts are measured.
-        let (own, peer) = (a.add(&mut ours())?, b.add(&mut theirs())?);
-        ratios.push(own / peer);
-        eprintln!("pair {n}: corten {own:.2} s, QEMU {peer:.2} s");
+        let own = translated.add(&mut ours(corten, guest, "", STAY))?;
+        let other = peer.add(&mut qemu(guest, &append(STAY), Machine::Software))?;
+        let (alone, speed) = with_statistics(&mut ours(corten, guest, INTERPRETER, "true"))?;
+        ratios.push(own / other);
+        interpreted_ratios.push(alone / other);
+        interpreted.push(alone);
+        mips.push(speed);
+        eprintln!(
+            "round {n}: corten {own:.2} s, interpreter alone {alone:.2} s, QEMU {other:.2} s"
+        );
     }
-    let mut starts = Vec::new();
-    for _ in 0..STARTS {
-        starts.push(to_first_instruction(&mut ours())?);
-    }
-    println!("boot to user space, 1 vCPU, medians of {runs} pairs");
-    println!("  corten --accel soft      {:8.2} s", a.seconds());
-    println!("  qemu-system-x86_64 tcg   {:8.2} s", b.seconds());
-    println!("  ratio                    {:8.2}", median(ratios));
+    let (translated_name, peer_name) = ("corten --accel soft", "qemu-system-x86_64 tcg");
+    println!("boot to user space, 1 vCPU, medians of {runs} rounds; ratios to QEMU");
+    println!(
+        "  {translated_name:<32} {:6.2} s  {:6.2}",
+        translated.seconds(),
+        median(ratios)
+    );
+    println!(
+        "  {:<32} {:6.2} s  {:6.2}   {:.0} guest MIPS",
+        format!("{translated_name}{INTERPRETER}"),
+        median(interpreted),
+        median(interpreted_ratios),
+        median(mips)
+    );
+    println!("  {peer_name:<32} {:6.2} s", peer.seconds());
     println!(
         "memory of the process at the first line of user space (PSS), beyond the guest's touched pages"
     );
-    for (name, boots) in [("corten --accel soft", &a), ("qemu-system-x86_64 tcg", &b)] {
+    for (name, boots) in [(translated_name, &translated), (peer_name, &peer)] {
         let (own, guest) = boots.mebibytes();
-        println!("  {name:<24} {own:8.1} MiB   (guest: {guest:.1} MiB)");
+        println!("  {name:<32} {own:6.1} MiB   (guest: {guest:.1} MiB)");
     }
+    Ok(())
+}
+
+/// The kernel has been decompressed and kept by the boots before.
+fn starts(corten: &Path, guest: &Boot) -> Result<()> {
+    let kept = first_instruction(|| ours(corten, guest, "", STAY))?;
+    let anew = first_instruction(|| {
+        let mut run = ours(corten, guest, "", STAY);
+        run.args(["--kernel-cache", "none"]);
+        run
+    })?;
+    println!("process start to the guest's first instruction, median of {STARTS}");
     println!(
-        "process start to the guest's first instruction, median of {STARTS}, kernel kept from an earlier run"
+        "  decompressed kernel kept from an earlier run {:8.1} ms",
+        kept * 1e3
     );
-    println!("  corten --accel soft      {:8.1} ms", median(starts) * 1e3);
+    println!(
+        "  kernel decompressed anew                     {:8.1} ms",
+        anew * 1e3
+    );
     Ok(())
 }

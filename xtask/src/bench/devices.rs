@@ -22,7 +22,7 @@ use crate::host::{self, command};
 #[derive(clap::Args)]
 pub(super) struct Options {
     /// Seconds that each measurement takes in the guest
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 1.0)]
     seconds: f64,
     /// Folder for the disk images, on the file system that is to be measured (default: below the target folder)
     #[arg(long)]

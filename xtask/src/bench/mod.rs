@@ -26,8 +26,8 @@ pub(crate) struct Options {
 
 #[derive(clap::Subcommand)]
 enum What {
-    /// Debian's kernel to the first line of user space and memory then, software CPU beside QEMU's TCG
-    Boot,
+    /// Debian's kernel to the first line of user space and memory then, software CPU beside QEMU's TCG; then what `devices` measures
+    Boot(boot::Options),
     /// Programs in a guest: software CPU beside QEMU's TCG and the host itself
     Cpu,
     /// Disks and network cards from inside a guest, beside QEMU's
@@ -50,7 +50,7 @@ enum Machine {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     match &options.what {
-        What::Boot => boot::run(options.runs),
+        What::Boot(these) => boot::run(these, options.runs),
         What::Cpu => cpu::run(options.runs),
         What::Devices(these) => devices::run(these, options.runs),
         What::Images => images::run(options.runs),
