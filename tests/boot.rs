@@ -153,41 +153,54 @@ fn the_user_mode_network_gives_an_address_and_reaches_the_host() {
 }
 
 #[test]
-fn disks_keep_what_was_written_in_both_formats() {
+fn disks_keep_what_was_written_in_every_format() {
+    const NAME: &str = "disks_keep_what_was_written_in_every_format";
     let dir = tempfile::tempdir().unwrap();
-    let Some(mut create) = machine::corten() else {
-        println!("skipped: disks_keep_what_was_written_in_both_formats: no binary");
+    let mut disks = Vec::new();
+    for format in ["raw", "qcow2", "vpc", "vhdx", "vmdk", "vdi"] {
+        let Some(mut create) = machine::corten() else {
+            println!("skipped: {NAME}: no binary");
+            return;
+        };
+        let path = dir.path().join(format);
+        create
+            .args(["img", "create", "-q", "-f", format])
+            .arg(&path);
+        assert!(create.arg("64M").status().unwrap().success(), "{format}");
+        disks.push((format, path));
+    }
+    let run = |script: &str| {
+        let mut run = guest(NAME, script)?;
+        for (format, path) in &disks {
+            run.arg("--disk");
+            run.arg(format!("{},format={format}", path.display()));
+        }
+        Some(run_to_end(&mut run))
+    };
+    let write = "for d in /dev/vd?;do seq 1 200000|dd of=$d bs=64k seek=3 conv=fsync;done";
+    let read = "for d in /dev/vd?;do dd if=$d bs=64k skip=3|head -c 1288895|md5sum;done;seq 1 200000|md5sum";
+    let (Some(_), Some(text)) = (run(write), run(read)) else {
         return;
     };
-    let (raw, qcow2) = (dir.path().join("a.raw"), dir.path().join("b.qcow2"));
-    std::fs::File::create(&raw)
-        .unwrap()
-        .set_len(64 << 20)
-        .unwrap();
-    let status = create
-        .args(["img", "create", "-q", "-f", "qcow2"])
-        .arg(&qcow2)
-        .arg("64M")
-        .status()
-        .unwrap();
-    assert!(status.success());
-    let disks = [
-        format!("{},format=raw", raw.display()),
-        format!("{},format=qcow2", qcow2.display()),
-    ];
-    let write = "for d in vda vdb;do seq 1 200000|dd of=/dev/$d bs=64k seek=3 conv=fsync;done";
-    let Some(mut run) = guest("disks_keep_what_was_written_in_both_formats", write) else {
-        return;
-    };
-    run_to_end(run.args(["--disk", &disks[0], "--disk", &disks[1]]));
-    let read = "for d in vda vdb;do dd if=/dev/$d bs=64k skip=3|head -c 1288895|md5sum;done;seq 1 200000|md5sum";
-    let Some(mut run) = guest("disks_keep_what_was_written_in_both_formats", read) else {
-        return;
-    };
-    let text = run_to_end(run.args(["--disk", &disks[0], "--disk", &disks[1]]));
     let sums: Vec<&str> = text.lines().filter(|l| l.ends_with("  -")).collect();
-    assert_eq!(sums.len(), 3, "{text}");
-    assert!(sums[0] == sums[1] && sums[1] == sums[2], "{sums:?}");
+    assert_eq!(sums.len(), disks.len() + 1, "{text}");
+    assert!(sums.iter().all(|sum| *sum == sums[0]), "{sums:?}");
+    // The peer reads the same.
+    let numbers: String = (1..=200_000).map(|n| format!("{n}\n")).collect();
+    for (format, path) in &disks {
+        let (path, raw) = (path.to_str().unwrap(), dir.path().join("copy"));
+        let convert = ["convert", "-f", format, "-O", "raw", path];
+        let Some(done) = tool(
+            NAME,
+            "qemu-img",
+            &[&convert[..], &[raw.to_str().unwrap()]].concat(),
+        ) else {
+            return;
+        };
+        assert!(done.status.success(), "{format}: {done:?}");
+        let bytes = std::fs::read(&raw).unwrap();
+        assert!(bytes[3 << 16..].starts_with(numbers.as_bytes()), "{format}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod machine;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Output;
 
@@ -113,6 +114,56 @@ fn what_can_t_be_opened_ends_with_status_1() {
         1,
         "--net",
     );
+}
+
+/// Root may open everything, so it becomes somebody else for this.
+#[test]
+fn a_disk_that_may_not_be_opened_is_refused() {
+    const NAME: &str = "a_disk_that_may_not_be_opened_is_refused";
+    let dir = tempfile::tempdir().unwrap();
+    let (kernel, disk) = (
+        path(dir.path(), "kernel", &machine::elf_of(&[0xf4])),
+        path(dir.path(), "disk", &[0x5a; 4096]),
+    );
+    let only = |file: &Path, mode| {
+        std::fs::set_permissions(file, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    only(dir.path(), 0o755);
+    only(Path::new(&kernel), 0o644);
+    let Some(binary) = machine::corten() else {
+        println!("skipped: {NAME}: needs the binary that 'cargo xtask test' makes");
+        return;
+    };
+    let program = dir.path().join("corten");
+    std::fs::copy(binary.get_program(), &program).unwrap();
+    for mode in [0o000, 0o444] {
+        only(Path::new(&disk), mode);
+        let mut run = if rustix::process::geteuid().is_root() {
+            let mut setpriv = std::process::Command::new("setpriv");
+            setpriv.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+            setpriv.arg(&program);
+            setpriv
+        } else {
+            std::process::Command::new(&program)
+        };
+        run.args([
+            "run", "--accel", "soft", "--memory", "64M", "--serial", "null",
+        ]);
+        run.args(["--kernel", &kernel, "--disk", &format!("{disk},format=raw")]);
+        let Ok(output) = run.stdin(std::process::Stdio::null()).output() else {
+            println!("skipped: {NAME}: needs setpriv");
+            return;
+        };
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{mode:o}: {said}");
+        let last = said.lines().last().unwrap_or_default();
+        assert!(
+            last.contains(&disk) && last.contains("Permission denied"),
+            "{said}"
+        );
+        only(Path::new(&disk), 0o644);
+        assert_eq!(std::fs::read(&disk).unwrap(), [0x5a; 4096]);
+    }
 }
 
 #[test]

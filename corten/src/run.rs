@@ -29,7 +29,7 @@ pub(crate) struct RunArguments {
     /// soft[,translate=on|off][,cache-size=SIZE] (translate hot code to the host's; bytes of it for a vCPU, 64M by default)
     #[arg(long, value_name = "ACCEL", default_value = "auto")]
     accel: String,
-    /// Board: q35 (microvm is not there yet)
+    /// Board: q35, or microvm (no PCI: virtio in memory space alone)
     #[arg(long, value_name = "TYPE", default_value = "q35")]
     machine: String,
     /// CPU model and features: MODEL[,+feature][,-feature][,enforce]; models: max, host and QEMU's names with their versions,
@@ -56,7 +56,7 @@ pub(crate) struct RunArguments {
         allow_hyphen_values = true
     )]
     append: Option<String>,
-    /// Disk: FILE[,format=raw|qcow2][,readonly=on][,snapshot=on][,cache=writeback|writethrough|none|directsync|unsafe]
+    /// Disk: FILE[,format=raw|qcow2|vpc|vhdx|vmdk|vdi|qed|parallels|bochs|cloop|dmg][,readonly=on][,snapshot=on][,cache=writeback|writethrough|none|directsync|unsafe]
     /// [,aio=io_uring|threads][,discard=ignore|unmap][,detect-zeroes=off|on|unmap][,bus=virtio][,serial=TEXT]
     /// [,logical_block_size=512|4096][,queues=N][,packed=on|off]; may be given several times
     #[arg(long, value_name = "DISK")]

@@ -39,6 +39,24 @@ named! {
         Raw = "raw",
         /// QEMU's copy-on-write format.
         Qcow2 = "qcow2",
+        /// Virtual PC's and Azure's: VHD.
+        Vpc = "vpc",
+        /// Hyper-V's.
+        Vhdx = "vhdx",
+        /// VMware's.
+        Vmdk = "vmdk",
+        /// VirtualBox's.
+        Vdi = "vdi",
+        /// QEMU's enhanced disk; read alone.
+        Qed = "qed",
+        /// Parallels'; read alone.
+        Parallels = "parallels",
+        /// Bochs's growing image; read alone.
+        Bochs = "bochs",
+        /// Linux's compressed loop image; read alone.
+        Cloop = "cloop",
+        /// Apple's disk image; read alone.
+        Dmg = "dmg",
     }
 }
 
@@ -244,7 +262,7 @@ mod tests {
         let error = |text| DiskSpec::parse("--disk", text).unwrap_err().to_string();
         assert_eq!(
             error("x,format=bmp"),
-            "--disk: format=bmp: expected raw, qcow2"
+            "--disk: format=bmp: expected raw, qcow2, vpc, vhdx, vmdk, vdi, qed, parallels, bochs, cloop, dmg"
         );
         assert!(error("x,cash=none").contains("unknown key 'cash'"));
         assert_eq!(error(",format=raw"), "--disk: expected an image file first");
