@@ -1,14 +1,15 @@
 //! Debian's unmodified kernel on the software CPU, with the devices that people use.
 
 mod machine;
+mod qmp;
 
-use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
 
 use machine::{Machine, guest, guest_with, run_to_end};
+use qmp::Qmp;
 
 /// QEMU's TCG gets warnings with two vCPUs and more, about memory type registers and clocks; this machine must not.
 #[test]
@@ -549,54 +550,6 @@ fn two_hundred_and_eighty_eight_vcpus_come_up() {
     assert!(text.contains("CPUS=288"), "{text}");
     assert!(text.contains(": 287"), "{text}");
     assert!(!text.lines().any(|l| l.starts_with("WARNING:")), "{text}");
-}
-
-/// A client of QMP.
-struct Qmp {
-    stream: BufReader<UnixStream>,
-    /// Events that came while an answer was waited for.
-    events: VecDeque<serde_json::Value>,
-}
-
-impl Qmp {
-    fn connect(socket: &std::path::Path) -> Self {
-        let stream = UnixStream::connect(socket).unwrap();
-        stream.set_read_timeout(Some(machine::LIMIT)).unwrap();
-        let mut qmp = Self {
-            stream: BufReader::new(stream),
-            events: VecDeque::new(),
-        };
-        assert!(qmp.read()["QMP"].is_object());
-        qmp.say(r#"{"execute":"qmp_capabilities"}"#);
-        qmp
-    }
-
-    fn read(&mut self) -> serde_json::Value {
-        let mut line = String::new();
-        self.stream.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap()
-    }
-
-    fn say(&mut self, text: &str) -> serde_json::Value {
-        writeln!(self.stream.get_mut(), "{text}").unwrap();
-        loop {
-            let answer = self.read();
-            if answer.get("event").is_none() {
-                return answer;
-            }
-            self.events.push_back(answer);
-        }
-    }
-
-    /// Waits for an event.
-    fn hear(&mut self, event: &str) -> serde_json::Value {
-        loop {
-            let message = self.events.pop_front().unwrap_or_else(|| self.read());
-            if message["event"] == event {
-                return message["data"].clone();
-            }
-        }
-    }
 }
 
 #[test]

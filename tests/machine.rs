@@ -99,8 +99,19 @@ impl Machine {
 
     /// Waits for text on the console.
     pub(crate) fn expect(&mut self, wanted: &str) {
+        self.wait_for(wanted, None);
+    }
+
+    /// The same, but text that tells of a failure may come first.
+    pub(crate) fn expect_or(&mut self, wanted: &str, failure: &str) {
+        self.wait_for(wanted, Some(failure));
+    }
+
+    fn wait_for(&mut self, wanted: &str, failure: Option<&str>) {
         let end = Instant::now() + LIMIT;
         while !self.text.contains(wanted) {
+            let failed = failure.is_some_and(|failure| self.text.contains(failure));
+            assert!(!failed, "{}", self.text);
             let left = end.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(left) {
                 Ok(bytes) => self.text.push_str(&String::from_utf8_lossy(&bytes)),
@@ -126,6 +137,19 @@ impl Machine {
             let _ = from.read_to_string(&mut text);
             text
         })
+    }
+
+    /// Asks the process to end (SIGTERM).
+    pub(crate) fn terminate(&self) {
+        use rustix::process::{Pid, Signal, kill_process};
+        let process = Pid::from_raw(self.child.id().cast_signed()).expect("a process");
+        // It may have ended by itself.
+        let _ = kill_process(process, Signal::TERM);
+    }
+
+    /// True until the process has ended.
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_none()
     }
 
     /// The process.

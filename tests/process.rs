@@ -8,7 +8,6 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use machine::{Machine, elf_of, guest};
-use rustix::process::{Pid, Signal, kill_process};
 
 /// A bare-metal guest that writes a line to the first serial port and then does `last`.
 fn bare_guest(dir: &tempfile::TempDir, last: &[u8]) -> std::path::PathBuf {
@@ -90,11 +89,6 @@ fn an_idle_kernel_takes_little_time() {
     assert!(taken <= Duration::from_millis(150), "{taken:?} in 4 s");
 }
 
-fn terminate(machine: &Machine) {
-    let process = Pid::from_raw(machine.id().cast_signed()).unwrap();
-    kill_process(process, Signal::TERM).unwrap();
-}
-
 #[test]
 fn sigterm_presses_the_power_button_and_the_next_one_quits() {
     // The guest takes the button's key and goes on.
@@ -104,9 +98,9 @@ fn sigterm_presses_the_power_button_and_the_next_one_quits() {
     };
     let mut machine = Machine::start(&mut run);
     machine.expect("\nREADY");
-    terminate(&machine);
+    machine.terminate();
     machine.expect("PRESSED-Power Button");
-    terminate(&machine);
+    machine.terminate();
     let (status, text) = machine.wait();
     assert!(status.success(), "{status}: {text}");
     assert!(!text.contains("GUEST-DONE"), "{text}");
@@ -156,9 +150,9 @@ fn the_terminal_is_as_it_was_after_every_end() {
         rustix::io::write(person, b"\x01x").unwrap();
     };
     let signals: fn(&OwnedFd, &Machine) = |_, machine| {
-        terminate(machine);
+        machine.terminate();
         std::thread::sleep(Duration::from_millis(200));
-        terminate(machine);
+        machine.terminate();
     };
     for (kernel, end, status) in [
         (&halted, Some(keys), 0),

@@ -55,6 +55,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     tests
         .env("CORTEN_TEST_KERNEL", boot.kernel)
         .env("CORTEN_TEST_INITRD", boot.initrd)
+        .env("CORTEN_TEST_HOSTILE", guest::hostile()?)
         .env("CORTEN_TEST_INSTALLER_KERNEL", installer.kernel)
         .env("CORTEN_TEST_INSTALLER_INITRD", installer.initrd);
     let mut tally = Tally::new();

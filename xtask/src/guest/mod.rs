@@ -47,6 +47,34 @@ pub(crate) fn test_guest() -> Result<Boot> {
     })
 }
 
+/// A bare-metal guest that attacks its machine's devices: an ELF file.
+pub(crate) fn hostile() -> Result<PathBuf> {
+    host::need_packages(&["gcc", "libc6-dev"])?;
+    let program = host::folder("guest")?.join("hostile");
+    let mut compile = host::command("gcc");
+    compile.args([
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-ffreestanding",
+        "-nostdlib",
+        "-static",
+    ]);
+    compile.args([
+        "-fno-pic",
+        "-no-pie",
+        "-fno-stack-protector",
+        "-fno-asynchronous-unwind-tables",
+    ]);
+    compile.args(["-mno-red-zone", "-mgeneral-regs-only"]);
+    // One segment at the address that the source says, without the file's header.
+    compile.arg("-Wl,-N,-Ttext=0x3421000,--build-id=none,-z,noexecstack,--no-warn-rwx-segments");
+    compile.arg("-o").arg(&program);
+    host::run_quietly(compile.arg("tests/guest/hostile.c"))?;
+    Ok(program)
+}
+
 /// Debian's installer as it starts from a network, with the screens for a text terminal.
 pub(crate) fn installer() -> Result<Boot> {
     const PACKAGE: &str = "debian-installer-12-netboot-amd64";
