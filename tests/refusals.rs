@@ -106,6 +106,23 @@ fn what_can_t_be_opened_ends_with_status_1() {
     );
     assert_eq!(std::fs::read(&garbage).unwrap()[8..], [0xff; 500]);
 
+    // A compressed loop image's start, with the line of shell script that they all begin with.
+    let script =
+        b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n";
+    let mut cloop = script.to_vec();
+    cloop.resize(128, 0);
+    for number in [512u32, 0] {
+        cloop.extend(number.to_be_bytes()); // sizes of blocks and of the index
+    }
+    cloop.extend(136u64.to_be_bytes());
+    let cloop = path(dir.path(), "cloop", &cloop);
+    let disk = format!("{cloop},format=cloop");
+    check(
+        &[&soft[..], &["--kernel", &kernel, "--disk", &disk]].concat(),
+        1,
+        "can only be read: expected readonly=on",
+    );
+
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
     let net = format!("user,hostfwd=tcp:127.0.0.1:{port}-:22");

@@ -1,7 +1,7 @@
 //! Disks from the specification.
 
 use block::executor::{EngineKind, IoThread};
-use block::{CacheMode, DetectZeroes, Disk, DiskOptions};
+use block::{BlockError, CacheMode, DetectZeroes, Disk, DiskOptions};
 use image_formats::{External, ImageOptions, open_image};
 use virtio::blk::{Blk, BlkOptions};
 use vm_spec::{Aio, Discard, DiskSpec};
@@ -45,7 +45,13 @@ async fn open(spec: DiskSpec) -> block::Result<Disk> {
         snapshot: spec.snapshot,
         ..ImageOptions::default()
     };
-    let image = open_image(&spec.path.to_string_lossy(), &image).await?;
+    let name = spec.path.to_string_lossy();
+    let image = open_image(&name, &image).await?;
+    if !spec.read_only && image.backend.limits().read_only {
+        return Err(BlockError::invalid_argument(format!(
+            "'{name}' can only be read: expected readonly=on or snapshot=on"
+        )));
+    }
     Ok(Disk::new(image.backend, options))
 }
 
