@@ -2,10 +2,12 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::backend::{BlockBackend, Extent, ExtentQuery, Limits, ZeroFlags};
 use crate::buffer::IoBuf;
 use crate::error::{BlockError, ErrorKind, Result};
+use crate::throttle::{Direction, ThrottleGroup, ThrottleLimits};
 
 /// When written data reaches stable storage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -109,16 +111,40 @@ pub struct Disk {
     backend: Rc<dyn BlockBackend>,
     options: DiskOptions,
     statistics: Cell<DiskStatistics>,
+    throttle: Arc<ThrottleGroup>,
+    /// Limits are passed over, so that what waits for them ends soon.
+    hurry: Cell<bool>,
 }
 
 impl Disk {
     /// Wraps `backend`.
     pub fn new(backend: Rc<dyn BlockBackend>, options: DiskOptions) -> Self {
+        let unlimited = ThrottleGroup::new("", ThrottleLimits::default());
+        Self::throttled(backend, options, Arc::new(unlimited))
+    }
+
+    /// Wraps `backend`; reads and writes keep to the limits of a group.
+    pub fn throttled(
+        backend: Rc<dyn BlockBackend>,
+        options: DiskOptions,
+        throttle: Arc<ThrottleGroup>,
+    ) -> Self {
         Self {
             backend,
             options,
             statistics: Cell::default(),
+            throttle,
+            hurry: Cell::new(false),
         }
+    }
+
+    /// While this is set, requests do not wait for their limits.
+    pub fn set_hurry(&self, hurry: bool) {
+        self.hurry.set(hurry);
+    }
+
+    async fn admit(&self, direction: Direction, length: u64) -> Result<()> {
+        self.throttle.admit(direction, length, &self.hurry).await
     }
 
     /// The backend below.
@@ -177,6 +203,7 @@ impl Disk {
     }
 
     async fn read_in_parts(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        self.admit(Direction::Read, buf.len() as u64).await?;
         let max = self.max_part();
         if buf.len() <= max {
             return self.backend.read(offset, buf).await;
@@ -208,6 +235,7 @@ impl Disk {
 
     async fn write_checked(&self, offset: u64, buf: IoBuf, through: bool) -> Result<()> {
         let length = buf.len() as u64;
+        self.admit(Direction::Write, length).await?;
         let detected = match self.options.detect_zeroes {
             DetectZeroes::Off => None,
             _ if !buf.is_zero() => None,
@@ -248,16 +276,25 @@ impl Disk {
         }
         let result = match self.check(offset, length, true) {
             Ok(()) if length == 0 => Ok(()),
-            Ok(()) => match self.backend.write_zeroes(offset, length, flags).await {
-                Ok(()) => self.after_write(through).await,
-                Err(error) => Err(error),
-            },
+            Ok(()) => self.zeroes_checked(offset, length, flags, through).await,
             Err(error) => Err(error),
         };
         self.count(result, |s| {
             s.writes += 1;
             s.written_bytes += length;
         })
+    }
+
+    async fn zeroes_checked(
+        &self,
+        offset: u64,
+        length: u64,
+        flags: ZeroFlags,
+        through: bool,
+    ) -> Result<()> {
+        self.admit(Direction::Write, length).await?;
+        self.backend.write_zeroes(offset, length, flags).await?;
+        self.after_write(through).await
     }
 
     /// Gives the range's space back, if the policy says so.

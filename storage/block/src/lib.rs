@@ -38,6 +38,7 @@ mod medium;
 mod memory;
 mod raw;
 pub mod sync;
+mod throttle;
 
 pub use backend::{
     BlockBackend, BlockFuture, Extent, ExtentKind, ExtentQuery, HostRange, Limits, Scope,
@@ -54,3 +55,4 @@ pub use lock::LockMode;
 pub use medium::{Medium, SparseRange};
 pub use memory::MemoryMedium;
 pub use raw::RawBackend;
+pub use throttle::{Direction, Rate, ThrottleGroup, ThrottleLimits};
