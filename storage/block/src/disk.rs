@@ -1,6 +1,6 @@
 //! What devices and tools hold: a backend behind checks and policies.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -111,7 +111,7 @@ pub struct Disk {
     backend: Rc<dyn BlockBackend>,
     options: DiskOptions,
     statistics: Cell<DiskStatistics>,
-    throttle: Arc<ThrottleGroup>,
+    throttle: RefCell<Arc<ThrottleGroup>>,
     /// Limits are passed over, so that what waits for them ends soon.
     hurry: Cell<bool>,
 }
@@ -133,7 +133,7 @@ impl Disk {
             backend,
             options,
             statistics: Cell::default(),
-            throttle,
+            throttle: RefCell::new(throttle),
             hurry: Cell::new(false),
         }
     }
@@ -143,8 +143,14 @@ impl Disk {
         self.hurry.set(hurry);
     }
 
+    /// Puts the disk into another group for its limits; requests that wait do so for the group that they found.
+    pub fn set_throttle(&self, group: Arc<ThrottleGroup>) {
+        self.throttle.replace(group);
+    }
+
     async fn admit(&self, direction: Direction, length: u64) -> Result<()> {
-        self.throttle.admit(direction, length, &self.hurry).await
+        let group = self.throttle.borrow().clone();
+        group.admit(direction, length, &self.hurry).await
     }
 
     /// The backend below.

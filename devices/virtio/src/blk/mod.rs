@@ -4,6 +4,7 @@
 //! tasks. A request is a task from its arrival to its end, so many are in flight; those that end in one turn of the
 //! executor are shown to the driver together, with one signal. Guest memory is read and written in place.
 
+mod errors;
 mod queue_task;
 mod request;
 pub mod spec;
@@ -18,11 +19,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use block::executor::{IoHandle, IoThread};
-use block::{BlockError, Disk, DiskStatistics, Limits};
+use block::{BlockError, Disk, DiskStatistics, Limits, ThrottleGroup};
 use parking_lot::Mutex;
 
 use crate::device::{Activation, ActiveQueue, DeviceEvents, VirtioDevice, read_space};
 use crate::spec::DeviceType;
+use errors::Errors;
+pub use errors::{ErrorAction, ErrorPolicy, FailureSink, IoFailure};
 use queue_task::{RunningQueue, Shared};
 use spec::{ID_SIZE, SECTOR, config, feature};
 
@@ -35,6 +38,10 @@ pub struct BlkOptions {
     pub queue_size: u16,
     /// The serial number; the guest sees the first 20 bytes.
     pub serial: String,
+    /// What to do when the host can't read.
+    pub read_errors: ErrorPolicy,
+    /// What to do when the host can't write or flush.
+    pub write_errors: ErrorPolicy,
 }
 
 impl Default for BlkOptions {
@@ -43,6 +50,8 @@ impl Default for BlkOptions {
             queues: 1,
             queue_size: 256,
             serial: String::new(),
+            read_errors: ErrorPolicy::Report,
+            write_errors: ErrorPolicy::Enospc,
         }
     }
 }
@@ -92,6 +101,7 @@ struct Core {
     config: Mutex<[u8; config::SIZE]>,
     write_through: Arc<AtomicBool>,
     events: Mutex<Option<Arc<dyn DeviceEvents>>>,
+    failures: Arc<Mutex<Option<FailureSink>>>,
 }
 
 /// Reaches a disk that a guest has, from the monitor.
@@ -193,6 +203,12 @@ impl Blk {
         for (to, from) in id.iter_mut().zip(options.serial.bytes()) {
             *to = from;
         }
+        let failures = Arc::default();
+        let errors = Errors {
+            read: options.read_errors,
+            write: options.write_errors,
+            sink: Arc::clone(&failures),
+        };
         let limits = thread.handle().call(move || async move {
             let disk = Rc::new(open().await?);
             let limits = disk.limits();
@@ -200,6 +216,7 @@ impl Blk {
                 disk,
                 id,
                 write_through: of_thread,
+                errors,
             });
             let unit = Rc::new(Unit {
                 shared,
@@ -214,6 +231,7 @@ impl Blk {
             config: Mutex::new(initial_config(&options, &limits)),
             write_through,
             events: Mutex::new(None),
+            failures,
         });
         let handle = BlkHandle(core.clone());
         let device = Self {
@@ -263,6 +281,27 @@ impl BlkHandle {
     pub fn statistics(&self) -> Option<DiskStatistics> {
         self.0
             .on_thread(|unit| async move { unit.shared.disk.statistics() })
+    }
+
+    /// Has failures of the host's told to `sink`.
+    pub fn on_failure(&self, sink: FailureSink) {
+        *self.0.failures.lock() = Some(sink);
+    }
+
+    /// Tries again what failures have stopped.
+    pub fn retry(&self) {
+        self.0.on_thread(|unit| async move {
+            unit.queues
+                .borrow()
+                .values()
+                .for_each(|queue| queue.retry());
+        });
+    }
+
+    /// Puts the disk into a group for its limits.
+    pub fn set_throttle(&self, group: Arc<ThrottleGroup>) {
+        self.0
+            .on_thread(|unit| async move { unit.shared.disk.set_throttle(group) });
     }
 
     /// Changes the disk's size and tells the guest.

@@ -10,8 +10,9 @@ use block::Disk;
 use block::executor::{EventSource, JoinHandle, spawn_local, yield_now};
 use block::sync::WaitQueue;
 
+use super::errors::{ErrorAction, Errors};
 use super::request::{Policy, Request};
-use super::spec::ID_SIZE;
+use super::spec::{ID_SIZE, Status};
 use crate::device::ActiveQueue;
 use crate::queue::{Chain, Queue, QueueError};
 
@@ -21,6 +22,7 @@ pub(super) struct Shared {
     pub(super) id: [u8; ID_SIZE],
     /// Set by the configuration space's `writeback` field and by negotiation.
     pub(super) write_through: Arc<AtomicBool>,
+    pub(super) errors: Errors,
 }
 
 /// A queue, and the requests of it that are under way.
@@ -33,6 +35,8 @@ pub(super) struct RunningQueue {
     in_flight: Cell<usize>,
     commit_planned: Cell<bool>,
     idle: WaitQueue,
+    /// Requests that a failure of the host's has stopped.
+    stopped: WaitQueue,
     task: RefCell<Option<JoinHandle<()>>>,
 }
 
@@ -52,6 +56,7 @@ impl RunningQueue {
             in_flight: Cell::new(0),
             commit_planned: Cell::new(false),
             idle: WaitQueue::default(),
+            stopped: WaitQueue::default(),
             task: RefCell::new(None),
         });
         match source {
@@ -110,11 +115,7 @@ impl RunningQueue {
     }
 
     async fn run(self: Rc<Self>, chain: Chain, request: Request) {
-        let policy = Policy {
-            write_through: self.shared.write_through.load(Ordering::Relaxed),
-            id: self.shared.id,
-        };
-        let status = request.run(&self.shared.disk, &policy).await;
+        let status = self.status(&request).await;
         // `parse` has seen that there is at least one byte.
         let last = chain.writable.len().saturating_sub(1);
         chain.writable.write_at(last, &[status as u8]);
@@ -125,6 +126,35 @@ impl RunningQueue {
         if self.in_flight.get() == 0 {
             self.idle.wake_all();
         }
+    }
+
+    /// Does a request until it has ended in a way that the guest is to know of.
+    async fn status(&self, request: &Request) -> Status {
+        let policy = Policy {
+            write_through: self.shared.write_through.load(Ordering::Relaxed),
+            id: self.shared.id,
+        };
+        loop {
+            let error = match request.run(&self.shared.disk, &policy).await {
+                Ok(status) => return status,
+                Err(error) => error,
+            };
+            match self.shared.errors.decide(request.writes(), &error) {
+                ErrorAction::Report => return Status::IoError,
+                ErrorAction::Ignore => return Status::Ok,
+                // The guest that asked is gone.
+                ErrorAction::Stop if self.stopping.get() => return Status::IoError,
+                ErrorAction::Stop => self.stopped.wait().await,
+            }
+            if self.stopping.get() {
+                return Status::IoError;
+            }
+        }
+    }
+
+    /// Tries again what a failure has stopped.
+    pub(super) fn retry(&self) {
+        self.stopped.wake_all();
     }
 
     /// Shows the driver what has ended, together with all else that ends in this turn of the executor: the new task comes
@@ -143,6 +173,8 @@ impl RunningQueue {
     /// Stops: when this ends nothing of it touches guest memory.
     pub(super) async fn stop(&self) {
         self.stopping.set(true);
+        self.retry();
+        self.shared.disk.set_hurry(true);
         // Fails only when the counter would overflow: the task is awake then.
         let _ = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
         let task = self.task.borrow_mut().take();
@@ -152,6 +184,7 @@ impl RunningQueue {
         while self.in_flight.get() != 0 {
             self.idle.wait().await;
         }
+        self.shared.disk.set_hurry(false);
         self.queue.borrow_mut().commit();
     }
 }

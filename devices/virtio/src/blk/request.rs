@@ -1,7 +1,8 @@
 //! One request: what it says, and doing it.
 
-use block::{BlockError, Disk, ErrorKind, ZeroFlags};
+use block::{BlockError, Disk, ZeroFlags};
 
+use super::errors::status;
 use super::spec::{ID_SIZE, SECTOR, Status, request};
 use crate::guest_io::io_buf;
 use crate::queue::{Buffers, Chain};
@@ -10,6 +11,9 @@ use crate::queue::{Buffers, Chain};
 pub(super) const MAX_RANGES: usize = 64;
 /// The most sectors in one such range.
 pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 22;
+
+/// How a request ends.
+pub(super) type Outcome = Result<Status, BlockError>;
 
 /// What requests need to know of the device.
 pub(super) struct Policy {
@@ -51,18 +55,26 @@ impl Request {
         })
     }
 
-    /// Does it.
-    pub(super) async fn run(&self, disk: &Disk, policy: &Policy) -> Status {
+    /// True when a failure is one of a write.
+    pub(super) fn writes(&self) -> bool {
+        self.kind != request::IN
+    }
+
+    /// Does it. May be done again when it has failed.
+    ///
+    /// # Errors
+    /// The host's; what is wrong with the request itself is a status.
+    pub(super) async fn run(&self, disk: &Disk, policy: &Policy) -> Outcome {
         match self.kind {
             request::IN => self.read(disk).await,
             request::OUT => self.write(disk, policy).await,
             request::FLUSH => status(disk.flush().await),
             request::GET_ID => {
                 self.to_guest.write_at(0, &policy.id);
-                Status::Ok
+                Ok(Status::Ok)
             }
             request::DISCARD | request::WRITE_ZEROES => self.ranges(disk, policy).await,
-            _ => Status::Unsupported,
+            _ => Ok(Status::Unsupported),
         }
     }
 
@@ -73,42 +85,42 @@ impl Request {
         self.sector.checked_mul(SECTOR)
     }
 
-    async fn read(&self, disk: &Disk) -> Status {
+    async fn read(&self, disk: &Disk) -> Outcome {
         let Some(offset) = self.offset(self.to_guest.len()) else {
-            return Status::IoError;
+            return Ok(Status::IoError);
         };
         let result = disk.read(offset, io_buf(&self.to_guest)).await;
         self.to_guest.written(self.to_guest.len());
         status(result)
     }
 
-    async fn write(&self, disk: &Disk, policy: &Policy) -> Status {
+    async fn write(&self, disk: &Disk, policy: &Policy) -> Outcome {
         let Some(offset) = self.offset(self.from_guest.len()) else {
-            return Status::IoError;
+            return Ok(Status::IoError);
         };
         let buffer = io_buf(&self.from_guest);
         status(disk.write(offset, buffer, policy.write_through).await)
     }
 
-    async fn ranges(&self, disk: &Disk, policy: &Policy) -> Status {
+    async fn ranges(&self, disk: &Disk, policy: &Policy) -> Outcome {
         let length = self.from_guest.len();
         if length == 0
             || !length.is_multiple_of(request::RANGE)
             || length > MAX_RANGES * request::RANGE
         {
-            return Status::IoError;
+            return Ok(Status::IoError);
         }
         for bytes in self.from_guest.to_vec(length).chunks_exact(request::RANGE) {
             let mut word = [0; request::RANGE];
             word.copy_from_slice(bytes);
             let word = u128::from_le_bytes(word);
             let (sector, count, flags) = (word as u64, (word >> 64) as u32, (word >> 96) as u32);
-            let done = self.range(disk, policy, (sector, count, flags)).await;
+            let done = self.range(disk, policy, (sector, count, flags)).await?;
             if done != Status::Ok {
-                return done;
+                return Ok(done);
             }
         }
-        Status::Ok
+        Ok(Status::Ok)
     }
 
     async fn range(
@@ -116,17 +128,17 @@ impl Request {
         disk: &Disk,
         policy: &Policy,
         (sector, count, flags): (u64, u32, u32),
-    ) -> Status {
+    ) -> Outcome {
         let zeroes = self.kind == request::WRITE_ZEROES;
         let known = if zeroes { request::UNMAP } else { 0 };
         if flags & !known != 0 {
-            return Status::Unsupported;
+            return Ok(Status::Unsupported);
         }
         let Some(offset) = sector.checked_mul(SECTOR) else {
-            return Status::IoError;
+            return Ok(Status::IoError);
         };
         if count > MAX_RANGE_SECTORS {
-            return Status::IoError;
+            return Ok(Status::IoError);
         }
         let length = u64::from(count) * SECTOR;
         if !zeroes {
@@ -141,13 +153,5 @@ impl Request {
             disk.write_zeroes(offset, length, how, policy.write_through)
                 .await,
         )
-    }
-}
-
-fn status(result: Result<(), BlockError>) -> Status {
-    match result {
-        Ok(()) => Status::Ok,
-        Err(error) if error.kind() == ErrorKind::Unsupported => Status::Unsupported,
-        Err(_) => Status::IoError,
     }
 }

@@ -57,7 +57,7 @@ fn plain() -> (Guest, BlkHandle) {
 }
 
 impl Guest {
-    fn blk_header(&self, at: u64, kind: u32, sector: u64) -> Piece {
+    pub(super) fn blk_header(&self, at: u64, kind: u32, sector: u64) -> Piece {
         let mut header = [0; request::HEADER];
         header[..4].copy_from_slice(&kind.to_le_bytes());
         header[8..].copy_from_slice(&sector.to_le_bytes());
@@ -66,7 +66,7 @@ impl Guest {
     }
 
     /// One request on queue 0; returns its status byte.
-    fn blk(&mut self, kind: u32, sector: u64, data: &[Piece]) -> u8 {
+    pub(super) fn blk(&mut self, kind: u32, sector: u64, data: &[Piece]) -> u8 {
         let mut pieces = vec![self.blk_header(HEADER, kind, sector)];
         pieces.extend_from_slice(data);
         pieces.push((STATUS, 1, true));
