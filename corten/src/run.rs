@@ -58,7 +58,9 @@ pub(crate) struct RunArguments {
     append: Option<String>,
     /// Disk: FILE[,format=raw|qcow2|vpc|vhdx|vmdk|vdi|qed|parallels|bochs|cloop|dmg][,readonly=on][,snapshot=on][,cache=writeback|writethrough|none|directsync|unsafe]
     /// [,aio=io_uring|threads][,discard=ignore|unmap][,detect-zeroes=off|on|unmap][,bus=virtio][,serial=TEXT]
-    /// [,logical_block_size=512|4096][,queues=N][,packed=on|off]; may be given several times
+    /// [,logical_block_size=512|4096][,queues=N][,packed=on|off][,id=NAME][,rerror=report|ignore|stop]
+    /// [,werror=report|ignore|stop|enospc][,throttling.bps-total|bps-read|bps-write|iops-total|iops-read|iops-write[-max[-length]]=N]
+    /// [,throttling.iops-size=N][,throttling.group=NAME]; may be given several times
     #[arg(long, value_name = "DISK")]
     disk: Vec<String>,
     /// Network card: user[,hostfwd=tcp|udp:[HOSTADDR:]HOSTPORT-[GUESTADDR:]GUESTPORT]…[,restrict=on][,hostname=NAME],

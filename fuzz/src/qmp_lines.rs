@@ -11,6 +11,27 @@ use qmp::{Control, Meaning, RunState, Server, Statistics};
 struct Machine;
 
 impl Control for Machine {
+    fn disks(&self) -> Vec<qmp::DiskReport> {
+        vec![qmp::DiskReport {
+            name: "disk0".into(),
+            file: "disk.img".into(),
+            format: "raw",
+            size: 1 << 20,
+            allocated: None,
+            backing_depth: 0,
+            read_only: false,
+            cache: block::CacheMode::Writeback,
+            detect_zeroes: block::DetectZeroes::Off,
+            io_status: qmp::IoStatus::Ok,
+            group: "disk0".into(),
+            limits: block::ThrottleLimits::default(),
+            statistics: block::DiskStatistics::default(),
+        }]
+    }
+    fn set_throttle(&self, _: &str, _: Option<&str>, _: block::ThrottleLimits) {}
+    fn resize_disk(&self, _: &str, _: u64) -> Result<(), String> {
+        Ok(())
+    }
     fn statistics(&self) -> Statistics {
         Statistics {
             vm: vec![("instructions", 1)],

@@ -1,12 +1,21 @@
-//! Disks from the specification.
+//! Disks from the specification, and what monitors ask of them.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use block::executor::{EngineKind, IoThread};
-use block::{BlockError, CacheMode, DetectZeroes, Disk, DiskOptions};
+use block::{
+    BlockError, CacheMode, DetectZeroes, Disk, DiskOptions, ThrottleGroup, ThrottleLimits,
+};
 use image_formats::{External, ImageOptions, open_image};
-use virtio::blk::{Blk, BlkOptions};
+use parking_lot::Mutex;
+use qmp::{DiskReport, IoStatus};
+use virtio::blk::{Blk, BlkHandle, BlkOptions, ErrorAction, ErrorPolicy, IoFailure};
 use vm_spec::{Aio, Discard, DiskSpec};
 
 use crate::MachineError;
+use crate::lifecycle::{Lifecycle, Request};
 
 /// Most request queues that a disk gets by itself.
 const MAX_QUEUES: u32 = 8;
@@ -32,8 +41,17 @@ fn options(spec: &DiskSpec) -> DiskOptions {
     }
 }
 
+fn policy(policy: vm_spec::ErrorPolicy) -> ErrorPolicy {
+    match policy {
+        vm_spec::ErrorPolicy::Report => ErrorPolicy::Report,
+        vm_spec::ErrorPolicy::Ignore => ErrorPolicy::Ignore,
+        vm_spec::ErrorPolicy::Stop => ErrorPolicy::Stop,
+        vm_spec::ErrorPolicy::Enospc => ErrorPolicy::Enospc,
+    }
+}
+
 /// Opens a disk on the thread that will serve it.
-async fn open(spec: DiskSpec) -> block::Result<Disk> {
+async fn open(spec: DiskSpec, throttle: Arc<ThrottleGroup>) -> block::Result<Disk> {
     let options = options(&spec);
     let image = ImageOptions {
         format: spec.format.map(|format| format.as_str().to_owned()),
@@ -52,15 +70,149 @@ async fn open(spec: DiskSpec) -> block::Result<Disk> {
             "'{name}' can only be read: expected readonly=on or snapshot=on"
         )));
     }
-    Ok(Disk::new(image.backend, options))
+    Ok(Disk::throttled(image.backend, options, throttle))
 }
 
-/// Makes the virtio disk number `number`, with an I/O thread of its own.
-pub(crate) fn virtio_disk(
+/// A disk of the machine, for monitors.
+struct Controlled {
+    name: String,
+    spec: DiskSpec,
+    handle: BlkHandle,
+    throttle: Mutex<Arc<ThrottleGroup>>,
+    io_status: Mutex<IoStatus>,
+}
+
+/// All disks of the machine, and the groups for their limits.
+#[derive(Clone, Default)]
+pub(crate) struct Disks {
+    disks: Vec<Arc<Controlled>>,
+    groups: Arc<Mutex<BTreeMap<String, Arc<ThrottleGroup>>>>,
+}
+
+impl Disks {
+    /// The group of this name, made when there is none yet.
+    fn group(&self, name: &str) -> Arc<ThrottleGroup> {
+        let mut groups = self.groups.lock();
+        let make = || Arc::new(ThrottleGroup::new(name, ThrottleLimits::default()));
+        groups.entry(name.to_owned()).or_insert_with(make).clone()
+    }
+
+    /// Makes the virtio disk number `number`, with an I/O thread of its own; returns its name with it.
+    pub(crate) fn add(
+        &mut self,
+        spec: &DiskSpec,
+        number: usize,
+        cpus: u32,
+        lifecycle: &Arc<Lifecycle>,
+    ) -> Result<(String, Box<Blk>), MachineError> {
+        let name = spec.id.clone().unwrap_or_else(|| format!("disk{number}"));
+        if self.find(&name).is_some() {
+            let text = format!("--disk: id={name}: another disk has that name");
+            return Err(MachineError::Spec(text));
+        }
+        let group = self.group(spec.throttle.group.as_ref().unwrap_or(&name));
+        if !spec.throttle.limits.is_unlimited() {
+            group.set_limits(spec.throttle.limits);
+        }
+        let (device, handle) = virtio_disk(spec, number, cpus, group.clone())?;
+        let disk = Arc::new(Controlled {
+            name: name.clone(),
+            spec: spec.clone(),
+            handle,
+            throttle: Mutex::new(group),
+            io_status: Mutex::default(),
+        });
+        let (lifecycle, told) = (lifecycle.clone(), Arc::downgrade(&disk));
+        disk.handle.on_failure(Arc::new(move |failure| {
+            if let Some(disk) = told.upgrade() {
+                disk.note(&failure);
+                let device = disk.name.clone();
+                lifecycle.post(Request::DiskFailed { device, failure });
+            }
+        }));
+        self.disks.push(disk);
+        Ok((name, Box::new(device)))
+    }
+
+    fn find(&self, name: &str) -> Option<&Arc<Controlled>> {
+        self.disks.iter().find(|disk| disk.name == name)
+    }
+
+    /// Tries again what failures have stopped.
+    pub(crate) fn retry(&self) {
+        for disk in &self.disks {
+            if std::mem::take(&mut *disk.io_status.lock()) != IoStatus::Ok {
+                disk.handle.retry();
+            }
+        }
+    }
+
+    /// What all disks are and have done.
+    pub(crate) fn report(&self) -> Vec<DiskReport> {
+        self.disks.iter().filter_map(|disk| disk.report()).collect()
+    }
+
+    /// Gives a disk's group other limits; with `group`, puts it into that one first.
+    pub(crate) fn set_throttle(&self, name: &str, group: Option<&str>, limits: ThrottleLimits) {
+        let Some(disk) = self.find(name) else {
+            return;
+        };
+        let mut current = disk.throttle.lock();
+        if let Some(group) = group {
+            *current = self.group(group);
+            disk.handle.set_throttle(current.clone());
+        }
+        current.set_limits(limits);
+    }
+
+    /// Gives a disk another size in bytes.
+    pub(crate) fn resize(&self, name: &str, size: u64) -> Result<(), String> {
+        let disk = self.find(name).ok_or("there is no such disk")?;
+        disk.handle.resize(size).map_err(|why| why.to_string())
+    }
+}
+
+impl Controlled {
+    fn note(&self, failure: &IoFailure) {
+        if failure.action == ErrorAction::Stop {
+            *self.io_status.lock() = if failure.no_space {
+                IoStatus::NoSpace
+            } else {
+                IoStatus::Failed
+            };
+        }
+    }
+
+    fn report(&self) -> Option<DiskReport> {
+        let state = self.handle.state()?;
+        let options = options(&self.spec);
+        let group = self.throttle.lock().clone();
+        let metadata = std::fs::metadata(&self.spec.path).ok();
+        let file = metadata.filter(std::fs::Metadata::is_file);
+        Some(DiskReport {
+            name: self.name.clone(),
+            file: self.spec.path.to_string_lossy().into_owned(),
+            format: state.format,
+            size: state.limits.size,
+            allocated: file.map(|file| file.blocks() * 512),
+            backing_depth: state.backing_depth,
+            read_only: state.limits.read_only,
+            cache: options.cache,
+            detect_zeroes: options.detect_zeroes,
+            io_status: *self.io_status.lock(),
+            group: group.name().to_owned(),
+            limits: group.limits(),
+            statistics: state.statistics,
+        })
+    }
+}
+
+fn virtio_disk(
     spec: &DiskSpec,
     number: usize,
     cpus: u32,
-) -> Result<Box<Blk>, MachineError> {
+    throttle: Arc<ThrottleGroup>,
+) -> Result<(Blk, BlkHandle), MachineError> {
     let engine = match spec.aio {
         Aio::IoUring => EngineKind::Auto,
         Aio::Threads => EngineKind::Threads,
@@ -71,13 +223,13 @@ pub(crate) fn virtio_disk(
     } else {
         spec.queues
     };
-    let serial = spec.serial.clone().unwrap_or_default();
     let options = BlkOptions {
         queues,
-        serial,
+        serial: spec.serial.clone().unwrap_or_default(),
+        read_errors: policy(spec.rerror),
+        write_errors: policy(spec.werror),
         ..BlkOptions::default()
     };
     let spec = spec.clone();
-    let (device, _handle) = Blk::new(thread, options, move || open(spec))?;
-    Ok(Box::new(device))
+    Ok(Blk::new(thread, options, move || open(spec, throttle))?)
 }

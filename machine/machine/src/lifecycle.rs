@@ -12,6 +12,7 @@ use accel::{CpuIo, Exit, Vcpu, VcpuHandle, VcpuStatistics};
 use device_model::{PowerControl, PowerEvent};
 use guest_clock::GuestClock;
 use parking_lot::{Condvar, Mutex};
+use virtio::blk::IoFailure;
 
 use crate::loader::Entry;
 
@@ -34,6 +35,13 @@ pub(crate) enum Request {
     PowerButton,
     /// The balloon has another size.
     BalloonChanged,
+    /// The host could not read or write a disk.
+    DiskFailed {
+        /// The disk's name.
+        device: String,
+        /// What happened.
+        failure: IoFailure,
+    },
     /// End for a person.
     Quit,
     /// The host asks for an end (SIGTERM): the first presses the power button, the next one quits.

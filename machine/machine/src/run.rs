@@ -8,10 +8,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use accel::{Accel, CpuIo, Vcpu, VcpuConfig, VmConfig};
+use block::ThrottleLimits;
 use device_model::{PowerEvent, ResetKind};
 use guest_clock::GuestClock;
 use guest_memory::{BackingOptions, GuestMemory};
-use qmp::{Control, Event, RunState, Server};
+use qmp::{Control, DiskReport, Event, IoErrorAction, RunState, Server};
+use virtio::blk::{ErrorAction, IoFailure};
 use vm_spec::VmSpec;
 
 use crate::MachineError;
@@ -356,9 +358,21 @@ impl Machine {
                     }
                     let _ = done.send(());
                 }
+                Request::DiskFailed { device, failure } => {
+                    let stops = failure.action == ErrorAction::Stop;
+                    tell(io_error(device, failure));
+                    if stops && !self.paused {
+                        self.lifecycle.park();
+                        self.paused = true;
+                        self.controls.io_error.store(true, Ordering::SeqCst);
+                        tell(Event::Stop);
+                    }
+                }
                 Request::Continue => {
                     if self.paused {
                         self.paused = false;
+                        self.controls.io_error.store(false, Ordering::SeqCst);
+                        self.controls.disks.retry();
                         self.lifecycle.run();
                         tell(Event::Resume);
                     }
@@ -454,6 +468,21 @@ fn finish(kernel: Reading) -> Result<PreparedKernel, MachineError> {
     Ok(kernel.join().map_err(|_| why())??)
 }
 
+/// The event that tells of a disk's failure.
+fn io_error(device: String, failure: IoFailure) -> Event {
+    Event::BlockIoError {
+        device,
+        write: failure.write,
+        action: match failure.action {
+            ErrorAction::Report => IoErrorAction::Report,
+            ErrorAction::Ignore => IoErrorAction::Ignore,
+            ErrorAction::Stop => IoErrorAction::Stop,
+        },
+        no_space: failure.no_space,
+        reason: failure.reason,
+    }
+}
+
 /// QMP's hand on the machine.
 struct QmpControl {
     requests: Sender<Request>,
@@ -474,6 +503,8 @@ impl Control for QmpControl {
     fn status(&self) -> RunState {
         if self.lifecycle.is_running() {
             RunState::Running
+        } else if self.controls.io_error.load(Ordering::SeqCst) {
+            RunState::IoError
         } else {
             RunState::Paused
         }
@@ -520,6 +551,18 @@ impl Control for QmpControl {
             card.set_link(up);
         }
         card.is_some()
+    }
+
+    fn disks(&self) -> Vec<DiskReport> {
+        self.controls.disks.report()
+    }
+
+    fn set_throttle(&self, disk: &str, group: Option<&str>, limits: ThrottleLimits) {
+        self.controls.disks.set_throttle(disk, group, limits);
+    }
+
+    fn resize_disk(&self, disk: &str, size: u64) -> Result<(), String> {
+        self.controls.disks.resize(disk, size)
     }
 
     fn statistics(&self) -> qmp::Statistics {

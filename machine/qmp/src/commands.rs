@@ -4,6 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value, json};
 
+use ::block::ThrottleLimits;
+
+use crate::block::{self, DiskReport};
 use crate::statistics::{self, Meaning, Statistics};
 
 /// QEMU's names of run states (`qapi/run-state.json`) that the machine can be in.
@@ -13,6 +16,8 @@ pub enum RunState {
     Running,
     /// The guest was stopped by a person.
     Paused,
+    /// The guest was stopped, because the host could not read or write a disk.
+    IoError,
     /// The guest has not run yet.
     Prelaunch,
     /// The guest has powered off.
@@ -26,6 +31,7 @@ impl RunState {
         match self {
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::IoError => "io-error",
             Self::Prelaunch => "prelaunch",
             Self::Shutdown => "shutdown",
             Self::InternalError => "internal-error",
@@ -54,6 +60,15 @@ pub trait Control: Send + Sync {
     fn query_balloon(&self) -> Option<u64>;
     /// Plugs the cable of the card of this name in or pulls it. False when there is none.
     fn set_link(&self, name: &str, up: bool) -> bool;
+    /// The disks.
+    fn disks(&self) -> Vec<DiskReport>;
+    /// Gives a disk's group other limits; with `group`, puts it into that one first.
+    fn set_throttle(&self, disk: &str, group: Option<&str>, limits: ThrottleLimits);
+    /// Gives a disk another size in bytes.
+    ///
+    /// # Errors
+    /// Why it can't have that.
+    fn resize_disk(&self, disk: &str, size: u64) -> Result<(), String>;
     /// What the machine and its vCPUs have done so far. The figures of the machine and of each vCPU have the names of
     /// [`Self::statistics_names`].
     fn statistics(&self) -> Statistics;
@@ -65,7 +80,7 @@ pub trait Control: Send + Sync {
 pub(crate) const GENERIC: &str = "GenericError";
 pub(crate) const NOT_FOUND: &str = "CommandNotFound";
 const DEVICE_NOT_ACTIVE: &str = "DeviceNotActive";
-const DEVICE_NOT_FOUND: &str = "DeviceNotFound";
+pub(crate) const DEVICE_NOT_FOUND: &str = "DeviceNotFound";
 
 /// An error as it goes over the wire.
 #[derive(Debug, PartialEq, Eq)]
@@ -167,6 +182,19 @@ impl Arguments {
         })
     }
 
+    /// An argument that may be left out.
+    pub(crate) fn take_if_there<T>(
+        &mut self,
+        name: &str,
+        kind: &str,
+        read: fn(&Value) -> Option<T>,
+    ) -> Result<Option<T>, Refusal> {
+        if !self.0.contains_key(name) {
+            return Ok(None);
+        }
+        self.take(name, kind, read).map(Some)
+    }
+
     pub(crate) fn finish(&self) -> Result<(), Refusal> {
         match self.0.keys().next() {
             Some(key) => Err(Refusal::generic(format!("Parameter '{key}' is unexpected"))),
@@ -244,6 +272,13 @@ const COMMANDS: &[(&str, Run)] = &[
     ("balloon", Run::With(balloon)),
     ("query-balloon", Run::With(query_balloon)),
     ("set_link", Run::With(set_link)),
+    ("query-block", Run::Ask(block::query_block)),
+    ("query-blockstats", Run::Ask(block::query_blockstats)),
+    (
+        "block_set_io_throttle",
+        Run::With(block::block_set_io_throttle),
+    ),
+    ("block_resize", Run::With(block::block_resize)),
     ("query-stats", Run::With(statistics::query)),
     ("query-stats-schemas", Run::With(statistics::schemas)),
 ];

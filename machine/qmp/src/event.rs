@@ -1,8 +1,19 @@
-//! Events (QEMU `qapi/run-state.json`).
+//! Events (QEMU `qapi/run-state.json`, `qapi/block-core.json`).
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+
+/// What was done about a failure of the host's to read or write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoErrorAction {
+    /// The guest was told.
+    Report,
+    /// The guest was not told.
+    Ignore,
+    /// The guest was stopped.
+    Stop,
+}
 
 /// Something that happened to the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +45,19 @@ pub enum Event {
         /// Bytes that it has left.
         actual: u64,
     },
+    /// The host could not read or write a disk.
+    BlockIoError {
+        /// The disk's name.
+        device: String,
+        /// It was to be written; else it was to be read.
+        write: bool,
+        /// What was done.
+        action: IoErrorAction,
+        /// The host has no space left.
+        no_space: bool,
+        /// What happened, in a line.
+        reason: String,
+    },
 }
 
 impl Event {
@@ -51,6 +75,27 @@ impl Event {
                 Some(json!({ "guest": guest, "reason": reason })),
             ),
             Self::BalloonChange { actual } => ("BALLOON_CHANGE", Some(json!({ "actual": actual }))),
+            Self::BlockIoError {
+                device,
+                write,
+                action,
+                no_space,
+                reason,
+            } => {
+                let action = match action {
+                    IoErrorAction::Report => "report",
+                    IoErrorAction::Ignore => "ignore",
+                    IoErrorAction::Stop => "stop",
+                };
+                let data = json!({
+                    "device": device,
+                    "operation": if *write { "write" } else { "read" },
+                    "action": action,
+                    "nospace": no_space,
+                    "reason": reason,
+                });
+                ("BLOCK_IO_ERROR", Some(data))
+            }
             Self::GuestPanicked => ("GUEST_PANICKED", Some(json!({ "action": "run" }))),
         };
         let now = SystemTime::now()

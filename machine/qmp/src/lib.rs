@@ -3,13 +3,15 @@
 //! A [`Server`] listens on a Unix socket and speaks the protocol (QEMU `docs/interop/qmp-spec.rst`) with any number of
 //! clients. What the commands do is the machine's: the server asks it through [`Control`].
 
+mod block;
 mod client;
 mod commands;
 mod event;
 mod server;
 mod statistics;
 
+pub use block::{DiskReport, IoStatus};
 pub use commands::{Control, RunState};
-pub use event::Event;
+pub use event::{Event, IoErrorAction};
 pub use server::{Server, ServerError};
 pub use statistics::{Figure, Meaning, Statistics};

@@ -127,13 +127,14 @@ mod tests {
     use std::io::{BufRead, BufReader, Write};
     use std::os::unix::net::UnixStream;
 
+    use block::{CacheMode, DetectZeroes, DiskStatistics, Operations, ThrottleLimits};
     use serde_json::{Value, json};
 
     use super::*;
     use crate::RunState;
 
     #[derive(Default)]
-    struct Machine(Mutex<Vec<&'static str>>);
+    struct Machine(Mutex<Vec<&'static str>>, Mutex<ThrottleLimits>);
 
     impl Control for Machine {
         fn status(&self) -> RunState {
@@ -166,6 +167,41 @@ mod tests {
         fn set_link(&self, name: &str, up: bool) -> bool {
             self.0.lock().push(if up { "up" } else { "down" });
             name == "net0"
+        }
+        fn disks(&self) -> Vec<crate::DiskReport> {
+            vec![crate::DiskReport {
+                name: "disk0".into(),
+                file: "/a.qcow2".into(),
+                format: "qcow2",
+                size: 1 << 20,
+                allocated: Some(4096),
+                backing_depth: 2,
+                read_only: false,
+                cache: CacheMode::None,
+                detect_zeroes: DetectZeroes::Off,
+                io_status: crate::IoStatus::NoSpace,
+                group: "slow".into(),
+                limits: *self.1.lock(),
+                statistics: DiskStatistics {
+                    reads: Operations {
+                        done: 2,
+                        bytes: 1024,
+                        nanoseconds: 77,
+                        failed: 1,
+                    },
+                    ..DiskStatistics::default()
+                },
+            }]
+        }
+        fn set_throttle(&self, disk: &str, group: Option<&str>, limits: ThrottleLimits) {
+            assert_eq!((disk, group), ("disk0", None));
+            *self.1.lock() = limits;
+        }
+        fn resize_disk(&self, _disk: &str, size: u64) -> Result<(), String> {
+            if size > 1 << 30 {
+                return Err("too large".into());
+            }
+            Ok(())
         }
         fn statistics(&self) -> crate::Statistics {
             crate::Statistics {
@@ -395,6 +431,126 @@ mod tests {
         let event = talk.read();
         assert_eq!(event["event"], "BALLOON_CHANGE");
         assert_eq!(event["data"], json!({ "actual": 7 }));
+    }
+
+    #[test]
+    fn disks_are_told_of_and_changed() {
+        let (_dir, machine, server, mut talk) = server();
+        talk.say(r#"{"execute":"qmp_capabilities"}"#);
+        let mut ask = |name: &str, arguments: Value| {
+            talk.say(&json!({ "execute": name, "arguments": arguments }).to_string())
+        };
+        let none =
+            json!({ "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0 });
+        let with = |more: Value| {
+            let mut all = none.as_object().unwrap().clone();
+            all.extend(more.as_object().unwrap().clone());
+            Value::Object(all)
+        };
+        let limits = json!({ "device": "disk0", "bps_wr": 1000, "bps_wr_max": 5000, "bps_wr_max_length": 2 });
+        assert_eq!(
+            ask("block_set_io_throttle", with(limits)),
+            json!({ "return": {} })
+        );
+        let set = machine.1.lock().bps_write;
+        assert_eq!((set.average, set.max, set.max_length), (1000, 5000, 2));
+        let disk = &ask("query-block", json!({}))["return"][0];
+        assert_eq!(
+            (&disk["device"], &disk["io-status"]),
+            (&json!("disk0"), &json!("nospace"))
+        );
+        let inserted = &disk["inserted"];
+        assert_eq!(
+            (&inserted["bps"], &inserted["bps_wr"]),
+            (&json!(0), &json!(1000))
+        );
+        assert_eq!(
+            (&inserted["bps_wr_max"], &inserted["group"]),
+            (&json!(5000), &json!("slow"))
+        );
+        assert_eq!(
+            inserted["cache"],
+            json!({ "writeback": true, "direct": true, "no-flush": false })
+        );
+        assert_eq!(
+            (&inserted["drv"], &inserted["backing_file_depth"]),
+            (&json!("qcow2"), &json!(2))
+        );
+        assert_eq!(inserted["image"]["actual-size"], 4096);
+        let stats = &ask("query-blockstats", json!({}))["return"][0]["stats"];
+        assert_eq!(
+            (&stats["rd_operations"], &stats["rd_bytes"]),
+            (&json!(2), &json!(1024))
+        );
+        assert_eq!(
+            (&stats["rd_total_time_ns"], &stats["wr_bytes"]),
+            (&json!(77), &json!(0))
+        );
+        // The words are those of QEMU 7.2 for the same lines, but for what is wrong with limits.
+        for (name, arguments, words) in [
+            (
+                "block_set_io_throttle",
+                none.clone(),
+                "Need exactly one of 'device' and 'id'",
+            ),
+            (
+                "block_set_io_throttle",
+                json!({ "device": "disk0", "bps": 1 }),
+                "Parameter 'bps_rd' is missing",
+            ),
+            (
+                "block_set_io_throttle",
+                with(json!({ "id": "disk0", "iops": "x" })),
+                "Invalid parameter type for 'iops', expected: integer",
+            ),
+            (
+                "block_set_io_throttle",
+                with(json!({ "id": "disk0", "bps": -1 })),
+                "bps-total: expected 0 to 1000000000000000",
+            ),
+            (
+                "block_resize",
+                json!({ "device": "disk0", "size": 5 }),
+                "The new size must be a multiple of 512",
+            ),
+            (
+                "block_resize",
+                json!({ "device": "disk0", "size": -5 }),
+                "Parameter 'size' expects a >0 size",
+            ),
+            (
+                "block_resize",
+                json!({ "device": "x", "size": 5 }),
+                "Cannot find device='x' nor node-name=''",
+            ),
+            (
+                "block_resize",
+                json!({ "device": "disk0", "size": 1u64 << 40 }),
+                "too large",
+            ),
+        ] {
+            assert_eq!(error(&ask(name, arguments)), ("GenericError", words));
+        }
+        let missing = ask("block_set_io_throttle", with(json!({ "device": "disk7" })));
+        assert_eq!(
+            error(&missing),
+            ("DeviceNotFound", "Device 'disk7' not found")
+        );
+        let done = ask("block_resize", json!({ "device": "disk0", "size": 1024 }));
+        assert_eq!(done, json!({ "return": {} }));
+        server.event(&Event::BlockIoError {
+            device: "disk0".into(),
+            write: true,
+            action: crate::IoErrorAction::Stop,
+            no_space: true,
+            reason: "full".into(),
+        });
+        let event = talk.read();
+        assert_eq!(event["event"], "BLOCK_IO_ERROR");
+        let data = json!({
+            "device": "disk0", "operation": "write", "action": "stop", "nospace": true, "reason": "full"
+        });
+        assert_eq!(event["data"], data);
     }
 
     /// The words of the refusals are those of QEMU 7.2 for the same lines.

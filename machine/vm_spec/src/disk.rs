@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::throttle::{self, ThrottleSpec};
 use crate::{OptionError, Options};
 
 /// An enumeration whose values have names.
@@ -121,9 +122,26 @@ named! {
     }
 }
 
+named! {
+    /// What becomes of a request when the host can't read or write.
+    ErrorPolicy {
+        /// The guest is told.
+        #[default]
+        Report = "report",
+        /// The guest is told that all went well.
+        Ignore = "ignore",
+        /// The guest is stopped, and the request tried again when it goes on.
+        Stop = "stop",
+        /// As stop where the host has no space left, else as report; for writes alone.
+        Enospc = "enospc",
+    }
+}
+
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
+    /// What monitors call it; `None`: `disk` and its number.
+    pub id: Option<String>,
     /// Image file or block device.
     pub path: PathBuf,
     /// Its format; `None` looks at the image (a raw image never turns into another format silently: what is not
@@ -151,15 +169,30 @@ pub struct DiskSpec {
     pub queues: u16,
     /// The device offers packed rings beside split ones.
     pub packed: bool,
+    /// What to do when the host can't read.
+    pub rerror: ErrorPolicy,
+    /// What to do when the host can't write.
+    pub werror: ErrorPolicy,
+    /// Limits on its rate.
+    #[serde(default)]
+    pub throttle: ThrottleSpec,
 }
 
 const KEYS: &str = "file, format, readonly, cache, aio, discard, detect-zeroes, bus, serial, \
-                    snapshot, logical_block_size, queues, packed";
+                    snapshot, logical_block_size, queues, packed, id, rerror, werror";
+
+/// A name as QEMU takes them for IDs.
+fn identifier(text: &str) -> Option<String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    let starts = text.starts_with(|c: char| c.is_ascii_alphabetic());
+    (starts && text.chars().all(good)).then(|| text.to_owned())
+}
 
 impl DiskSpec {
     /// A disk with every setting at its default.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
+            id: None,
             path: path.into(),
             format: None,
             read_only: false,
@@ -173,6 +206,9 @@ impl DiskSpec {
             logical_block_size: 512,
             queues: 0,
             packed: true,
+            rerror: ErrorPolicy::Report,
+            werror: ErrorPolicy::Enospc,
+            throttle: ThrottleSpec::default(),
         }
     }
 
@@ -227,7 +263,20 @@ impl DiskSpec {
             disk.queues = queues;
         }
         disk.packed = o.take_switch("packed")?.unwrap_or(true);
-        o.finish(KEYS)?;
+        disk.id = o.take_parsed(
+            "id",
+            "a letter, then letters, digits, '-', '.' or '_'",
+            identifier,
+        )?;
+        let of_reads = |text: &str| ErrorPolicy::parse(text).filter(|p| *p != ErrorPolicy::Enospc);
+        if let Some(policy) = o.take_parsed("rerror", "report, ignore or stop", of_reads)? {
+            disk.rerror = policy;
+        }
+        if let Some(policy) = o.take_parsed("werror", ErrorPolicy::NAMES, ErrorPolicy::parse)? {
+            disk.werror = policy;
+        }
+        disk.throttle = ThrottleSpec::take(&mut o)?;
+        o.finish(&format!("{KEYS}, {}", throttle::KEYS))?;
         Ok(disk)
     }
 }

@@ -11,12 +11,14 @@ mod net;
 mod options;
 mod size;
 mod spec;
+mod throttle;
 
 pub use accel::{AccelChoice, SoftSpec, parse_accel};
 pub use char_spec::CharSpec;
 pub use cpu::{CpuSpec, MAX_CPUS};
-pub use disk::{Aio, CacheMode, DetectZeroes, Discard, DiskBus, DiskFormat, DiskSpec};
+pub use disk::{Aio, CacheMode, DetectZeroes, Discard, DiskBus, DiskFormat, DiskSpec, ErrorPolicy};
 pub use net::{Forward, MacAddress, NetLink, NetSpec, Protocol, TapLink, UserLink};
 pub use options::{OptionError, Options};
 pub use size::{format_size, parse_size};
 pub use spec::{BalloonSpec, KernelSpec, MachineType, MemorySpec, VmSpec, VsockSpec};
+pub use throttle::ThrottleSpec;

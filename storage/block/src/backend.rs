@@ -159,6 +159,11 @@ pub trait BlockBackend {
     /// The format's name as people write it: `raw`, `qcow2`.
     fn format_name(&self) -> &'static str;
 
+    /// How many images lie below it.
+    fn backing_depth(&self) -> u32 {
+        0
+    }
+
     /// Fills `buf` from `offset` on.
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()>;
 

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::backend::{BlockBackend, Extent, ExtentQuery, Limits, ZeroFlags};
 use crate::buffer::IoBuf;
@@ -87,23 +88,32 @@ pub struct DiskOptions {
     pub physical_block_size: Option<u32>,
 }
 
+/// What has become of one kind of requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Operations {
+    /// Those that succeeded.
+    pub done: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// How long they took, in nanoseconds.
+    pub nanoseconds: u64,
+    /// Those that failed.
+    pub failed: u64,
+}
+
 /// Counters since the disk was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DiskStatistics {
-    /// Reads that succeeded, and their bytes.
-    pub reads: u64,
-    /// Bytes read.
-    pub read_bytes: u64,
-    /// Writes that succeeded (zero-writes too).
-    pub writes: u64,
-    /// Bytes written.
-    pub written_bytes: u64,
-    /// Flushes that succeeded.
-    pub flushes: u64,
-    /// Discards that succeeded.
-    pub discards: u64,
-    /// Requests of any kind that failed.
-    pub failures: u64,
+    /// Reads.
+    pub reads: Operations,
+    /// Writes, of zeroes too.
+    pub writes: Operations,
+    /// Flushes.
+    pub flushes: Operations,
+    /// Discards.
+    pub discards: Operations,
+    /// The end of the last byte that was written.
+    pub highest_written: u64,
 }
 
 /// A disk: checks every request, applies the policies of [`DiskOptions`], then asks the backend.
@@ -196,16 +206,13 @@ impl Disk {
     ///
     /// `OutOfRange`, `Misaligned`, or what the backend reports.
     pub async fn read(&self, offset: u64, buf: IoBuf) -> Result<()> {
-        let length = buf.len() as u64;
+        let (start, length) = (Instant::now(), buf.len() as u64);
         let result = match self.check(offset, length, false) {
             Ok(()) if length == 0 => Ok(()),
             Ok(()) => self.read_in_parts(offset, buf).await,
             Err(error) => Err(error),
         };
-        self.count(result, |s| {
-            s.reads += 1;
-            s.read_bytes += length;
-        })
+        self.count(start, length, result, |s| &mut s.reads)
     }
 
     async fn read_in_parts(&self, offset: u64, buf: IoBuf) -> Result<()> {
@@ -227,16 +234,13 @@ impl Disk {
     ///
     /// `OutOfRange`, `Misaligned`, `ReadOnly`, or what the backend reports.
     pub async fn write(&self, offset: u64, buf: IoBuf, through: bool) -> Result<()> {
-        let length = buf.len() as u64;
+        let (start, length) = (Instant::now(), buf.len() as u64);
         let result = match self.check(offset, length, true) {
             Ok(()) if length == 0 => Ok(()),
             Ok(()) => self.write_checked(offset, buf, through).await,
             Err(error) => Err(error),
         };
-        self.count(result, |s| {
-            s.writes += 1;
-            s.written_bytes += length;
-        })
+        self.count(start, length, result, |s| &mut s.writes)
     }
 
     async fn write_checked(&self, offset: u64, buf: IoBuf, through: bool) -> Result<()> {
@@ -261,7 +265,14 @@ impl Disk {
                 }
             }
         }
+        self.wrote(offset + length);
         self.after_write(through).await
+    }
+
+    fn wrote(&self, end: u64) {
+        let mut statistics = self.statistics.get();
+        statistics.highest_written = statistics.highest_written.max(end);
+        self.statistics.set(statistics);
     }
 
     /// Makes the range read as zeroes; if `through`, stably so.
@@ -277,6 +288,7 @@ impl Disk {
         mut flags: ZeroFlags,
         through: bool,
     ) -> Result<()> {
+        let start = Instant::now();
         if !self.options.discard {
             flags.remove(ZeroFlags::MAY_UNMAP);
         }
@@ -285,10 +297,7 @@ impl Disk {
             Ok(()) => self.zeroes_checked(offset, length, flags, through).await,
             Err(error) => Err(error),
         };
-        self.count(result, |s| {
-            s.writes += 1;
-            s.written_bytes += length;
-        })
+        self.count(start, length, result, |s| &mut s.writes)
     }
 
     async fn zeroes_checked(
@@ -300,6 +309,7 @@ impl Disk {
     ) -> Result<()> {
         self.admit(Direction::Write, length).await?;
         self.backend.write_zeroes(offset, length, flags).await?;
+        self.wrote(offset + length);
         self.after_write(through).await
     }
 
@@ -309,6 +319,7 @@ impl Disk {
     ///
     /// As [`Self::write`].
     pub async fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        let start = Instant::now();
         let result = match self.check(offset, length, true) {
             Ok(()) if length == 0 || !self.options.discard => Ok(()),
             Ok(()) => match self.backend.discard(offset, length).await {
@@ -317,7 +328,7 @@ impl Disk {
             },
             Err(error) => Err(error),
         };
-        self.count(result, |s| s.discards += 1)
+        self.count(start, length, result, |s| &mut s.discards)
     }
 
     /// When this returns, every write that ended before it began survives a power cut (unless the
@@ -327,12 +338,13 @@ impl Disk {
     ///
     /// What the host reports; then nothing is known about the data written since the last flush.
     pub async fn flush(&self) -> Result<()> {
+        let start = Instant::now();
         let result = match self.options.cache {
             CacheMode::Unsafe => Ok(()),
             _ if self.limits().read_only => Ok(()),
             _ => self.backend.flush().await,
         };
-        self.count(result, |s| s.flushes += 1)
+        self.count(start, 0, result, |s| &mut s.flushes)
     }
 
     /// Where the bytes are. See [`BlockBackend::extents`].
@@ -415,12 +427,22 @@ impl Disk {
         Ok(())
     }
 
-    fn count<T>(&self, result: Result<T>, f: impl FnOnce(&mut DiskStatistics)) -> Result<T> {
+    fn count(
+        &self,
+        start: Instant,
+        length: u64,
+        result: Result<()>,
+        of: impl FnOnce(&mut DiskStatistics) -> &mut Operations,
+    ) -> Result<()> {
         let mut statistics = self.statistics.get();
+        let operations = of(&mut statistics);
         if result.is_ok() {
-            f(&mut statistics);
+            operations.done += 1;
+            operations.bytes += length;
+            let taken = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            operations.nanoseconds = operations.nanoseconds.saturating_add(taken);
         } else {
-            statistics.failures += 1;
+            operations.failed += 1;
         }
         self.statistics.set(statistics);
         result

@@ -47,7 +47,7 @@ pub use backend::{
 pub use bitmap::{BitmapRun, DirtyBitmap};
 pub use buffer::{BUFFER_ALIGNMENT, IoBuf, KeepAlive, Segment, bytes_are_zero};
 pub use bytes::ByteDisk;
-pub use disk::{CacheMode, DetectZeroes, Disk, DiskOptions, DiskStatistics};
+pub use disk::{CacheMode, DetectZeroes, Disk, DiskOptions, DiskStatistics, Operations};
 pub use error::{BlockError, ErrorKind, Result};
 pub use file::{FileOptions, HostFile};
 pub use gate::{ImplicitFile, OpenGate, Refusing};

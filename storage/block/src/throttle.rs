@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::{Result, executor};
 
@@ -23,7 +24,8 @@ const SLICE: u64 = SECOND / 20;
 const MAX_RATE: u64 = 1_000_000_000_000_000;
 
 /// A limit; all zeroes: none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Rate {
     /// What is allowed in a second, in the long run.
     pub average: u64,
@@ -77,7 +79,8 @@ impl Rate {
 }
 
 /// All limits of a disk or of a group of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct ThrottleLimits {
     /// Bytes read and written.
     pub bps_total: Rate,
@@ -449,14 +452,14 @@ mod tests {
                         writer.write(0, IoBuf::zeroed(512), false).await.unwrap();
                     }
                 });
-                while disk.statistics().writes < 1 {
+                while disk.statistics().writes.done < 1 {
                     executor::sleep(Duration::from_millis(1)).await.unwrap();
                 }
                 executor::sleep(Duration::from_millis(20)).await.unwrap();
-                assert_eq!(disk.statistics().writes, 1);
+                assert_eq!(disk.statistics().writes.done, 1);
                 end(&disk, &group);
                 writes.await;
-                assert_eq!(disk.statistics().writes, 3);
+                assert_eq!(disk.statistics().writes.done, 3);
             })
             .unwrap();
         }

@@ -276,11 +276,31 @@ impl Core {
     }
 }
 
+/// What a disk is and has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlkState {
+    /// The image's format.
+    pub format: &'static str,
+    /// Its size and abilities.
+    pub limits: Limits,
+    /// How many images lie below it.
+    pub backing_depth: u32,
+    /// What it has done.
+    pub statistics: DiskStatistics,
+}
+
 impl BlkHandle {
-    /// Counters of the disk.
-    pub fn statistics(&self) -> Option<DiskStatistics> {
-        self.0
-            .on_thread(|unit| async move { unit.shared.disk.statistics() })
+    /// What the disk is and has done; `None` when it has been closed.
+    pub fn state(&self) -> Option<BlkState> {
+        self.0.on_thread(|unit| async move {
+            let disk = &unit.shared.disk;
+            BlkState {
+                format: disk.backend().format_name(),
+                limits: disk.limits(),
+                backing_depth: disk.backend().backing_depth(),
+                statistics: disk.statistics(),
+            }
+        })
     }
 
     /// Has failures of the host's told to `sink`.

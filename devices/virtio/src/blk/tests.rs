@@ -100,8 +100,15 @@ fn reads_what_was_written_with_every_ring() {
         assert_eq!(guest.bytes(BUFFER + 0x1000, 1536), data);
         assert_eq!(guest.blk(request::FLUSH, 0, &[]), 0);
     }
-    let counted = handle.statistics().unwrap();
-    assert_eq!((counted.reads, counted.writes, counted.flushes), (4, 4, 4));
+    let counted = handle.state().unwrap().statistics;
+    assert_eq!(
+        (
+            counted.reads.done,
+            counted.writes.done,
+            counted.flushes.done
+        ),
+        (4, 4, 4)
+    );
 }
 
 #[test]

@@ -13,8 +13,9 @@ use virtio::vsock::Vsock;
 use vm_spec::{BalloonSpec, VmSpec};
 
 use super::{Base, Board};
+use crate::disks::Disks;
 use crate::lifecycle::{Lifecycle, Request};
-use crate::{MachineError, chars, disks, nets};
+use crate::{MachineError, chars, nets};
 
 /// What a device that is not to have packed rings does not offer.
 fn withheld(packed: bool) -> u64 {
@@ -35,6 +36,9 @@ pub(crate) struct Controls {
     pub(crate) balloon: Option<BalloonHandle>,
     /// A change of the balloon waits to be told.
     pub(crate) balloon_pending: Arc<AtomicBool>,
+    pub(crate) disks: Disks,
+    /// A disk's failure has stopped the guest.
+    pub(crate) io_error: Arc<AtomicBool>,
     /// Cards by name.
     pub(crate) nets: Vec<(String, NetHandle)>,
 }
@@ -51,9 +55,9 @@ impl Peripherals<'_> {
             self.board.add_debug_console(backend)?;
         }
         for (number, disk) in spec.disks.iter().enumerate() {
-            let device = disks::virtio_disk(disk, number, spec.cpus)?;
-            self.board
-                .plug(format!("disk{number}"), device, withheld(disk.packed))?;
+            let disks = &mut self.controls.disks;
+            let (name, device) = disks.add(disk, number, spec.cpus, self.lifecycle)?;
+            self.board.plug(name, device, withheld(disk.packed))?;
         }
         for (number, net) in spec.nets.iter().enumerate() {
             let (device, handle) = nets::virtio_card(net, number)?;

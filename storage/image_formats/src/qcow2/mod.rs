@@ -365,6 +365,11 @@ impl BlockBackend for Qcow2 {
         "qcow2"
     }
 
+    fn backing_depth(&self) -> u32 {
+        self.backing()
+            .map_or(0, |backing| backing.backing_depth() + 1)
+    }
+
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
         Box::pin(self.read_guest(offset, buf))
     }

@@ -601,6 +601,12 @@ impl BlockBackend for Vmdk {
         "vmdk"
     }
 
+    fn backing_depth(&self) -> u32 {
+        self.parent
+            .as_ref()
+            .map_or(0, |parent| parent.backing_depth() + 1)
+    }
+
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
         Box::pin(mapped::read(self, offset, buf))
     }
