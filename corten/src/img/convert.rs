@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use block::{CacheMode, Disk, ErrorKind, IoBuf, Scope};
 use image_formats::copy::{self, Comparison, CopyOptions};
-use image_formats::qcow2::Repair;
+use image_formats::qcow2::{Preallocation, Repair};
 use image_formats::{Image, ImageOptions, open_image, resolve_name};
 
 use super::args::{flag, key_values, size, value};
@@ -95,9 +95,16 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         ..tool.options(&parsed)
     };
     let pairs = key_values(&parsed.all(&['o']));
+    let mut preallocated = false;
     let image = if create {
         let mut spec = ImageSpec::new(format, Some(total), &pairs, backing, parsed.get('F'))?
             .with_secrets(&parsed)?;
+        spec.check_encryption()?;
+        preallocated = spec.qcow2.preallocation != Preallocation::Off;
+        if compress && spec.luks().is_some() {
+            let message = "Compression and encryption not supported at the same time";
+            return Err(Failure::plain(message));
+        }
         let backing = spec.qcow2.backing_file.clone();
         if let Some(backing) = &backing
             && spec.qcow2.backing_format.is_none()
@@ -132,8 +139,16 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     if disk.size() < total {
         return Err(Failure::plain("output file is smaller than input file"));
     }
-    // A new encrypted disk reads as anything.
-    let is_new_file = create && !is_block_device(target) && backing.is_none() && format != "luks";
+    // What is stored of a new encrypted disk reads as anything.
+    let encrypted = image
+        .qcow2
+        .as_ref()
+        .is_some_and(|qcow2| qcow2.encryption().is_some());
+    let is_new_file = create
+        && !is_block_device(target)
+        && backing.is_none()
+        && format != "luks"
+        && !(encrypted && preallocated);
     let sparse_size = match parsed.get('S') {
         None => 4096,
         Some(text) => size(text)

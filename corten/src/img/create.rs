@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use block::{BlockBackend, Medium};
+use image_formats::luks;
 use image_formats::qcow2::{self, Compatible, CompressionType, CreateOptions, Preallocation};
 use image_formats::{
     Image, ImageOptions, NewImage, Opener, create_file, open_image, probe, resolve_name,
@@ -22,6 +23,7 @@ pub(crate) struct ImageSpec {
     pub(crate) other: Option<NewImage>,
     size_given: bool,
     version_given: bool,
+    encrypt_format_given: bool,
 }
 
 /// Reads on or off.
@@ -74,6 +76,7 @@ impl ImageSpec {
             other,
             size_given: disk_size.is_some(),
             version_given: false,
+            encrypt_format_given: false,
         };
         for (key, value) in pairs {
             spec.set(key, value)?;
@@ -105,12 +108,62 @@ impl ImageSpec {
 
     /// Finds the password that the options name.
     pub(crate) fn with_secrets(mut self, parsed: &Parsed) -> Result<Self, Failure> {
-        if let Some(NewImage::Luks(luks)) = &mut self.other
+        if let Some(luks) = self.luks_mut()
             && let Some(id) = &luks.key_secret
         {
             luks.secret = Some(secrets::find(&parsed.secrets, id)?);
         }
         Ok(self)
+    }
+
+    fn luks_mut(&mut self) -> Option<&mut luks::CreateOptions> {
+        match &mut self.other {
+            Some(NewImage::Luks(luks)) => Some(luks),
+            _ => self.qcow2.encryption.as_mut(),
+        }
+    }
+
+    /// How the disk is encrypted, if it is.
+    pub(crate) fn luks(&self) -> Option<&luks::CreateOptions> {
+        match &self.other {
+            Some(NewImage::Luks(luks)) => Some(luks),
+            _ => self.qcow2.encryption.as_ref(),
+        }
+    }
+
+    /// Looks whether an encrypted image has all that it needs.
+    pub(crate) fn check_encryption(&self) -> Outcome {
+        let Some(luks) = self.luks() else {
+            return Ok(());
+        };
+        let prefix = if self.other.is_some() { "" } else { "encrypt." };
+        if !self.encrypt_format_given && self.other.is_none() {
+            return Err(Failure::plain("Parameter 'encrypt.format' is missing"));
+        }
+        if luks.secret.is_none() {
+            return Err(Failure::plain(format!(
+                "Parameter '{prefix}key-secret' is required for cipher"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Sets an option of a new qcow2 image's encryption.
+    fn set_encryption(&mut self, key: &str, value: &str) -> Outcome {
+        let luks = self.qcow2.encryption.get_or_insert_default();
+        match key {
+            "format" if value == "luks" => self.encrypt_format_given = true,
+            "format" if value == "aes" => {
+                let message = "encrypt.format=aes is broken and not written: expected luks";
+                return Err(Failure::plain(message));
+            }
+            "format" => return Err(Failure::plain(format!("Invalid parameter '{value}'"))),
+            _ if formats::set_luks(luks, key, value)? => {}
+            _ => {
+                return Err(Failure::plain(format!("Invalid parameter 'encrypt.{key}'")));
+            }
+        }
+        Ok(())
     }
 
     fn set(&mut self, key: &str, value: &str) -> Outcome {
@@ -121,6 +174,9 @@ impl ImageSpec {
                 ))
             })
         };
+        if let (None, false, Some(key)) = (&self.other, self.raw, key.strip_prefix("encrypt.")) {
+            return self.set_encryption(key, value);
+        }
         let options = &mut self.qcow2;
         if let Some(other) = &mut self.other
             && formats::set(other, key, value)?
@@ -172,8 +228,10 @@ impl ImageSpec {
             "data_file" => options.data_file = Some(value.to_owned()).filter(|v| !v.is_empty()),
             "data_file_raw" => options.data_file_raw = switch(key, value)?,
             "encryption" if !switch(key, value)? => {}
-            _ if key.starts_with("encrypt") => {
-                return Err(Failure::plain("encrypted images are not supported"));
+            "encryption" => {
+                let message =
+                    "encryption=on is broken and not written: expected encrypt.format=luks";
+                return Err(Failure::plain(message));
             }
             _ => return Err(Failure::plain(format!("Invalid parameter '{key}'"))),
         }
@@ -195,10 +253,7 @@ impl ImageSpec {
             format: Some(format.to_owned()),
             write: true,
             backing: open_backing,
-            secret: match &self.other {
-                Some(NewImage::Luks(luks)) => luks.secret.clone(),
-                _ => None,
-            },
+            secret: self.luks().and_then(|luks| luks.secret.clone()),
             ..options.clone()
         };
         let opener = Opener::new(options);
@@ -253,6 +308,10 @@ impl ImageSpec {
         let mut add = |key: &str, value: &str| {
             text.push_str(&format!(" {key}={value}"));
         };
+        if let Some(luks) = &o.encryption {
+            add("encrypt.format", "luks");
+            formats::describe_luks(luks, |key, value| add(&format!("encrypt.{key}"), value));
+        }
         add("cluster_size", &o.cluster_size.to_string());
         add("extended_l2", on(o.extended_l2));
         match o.preallocation {
@@ -367,13 +426,7 @@ pub(crate) async fn create(tool: Tool, rest: &[String]) -> Outcome {
         )));
     }
     // Refused before the file is touched.
-    if let Some(NewImage::Luks(luks)) = &spec.other
-        && luks.secret.is_none()
-    {
-        return Err(Failure::plain(format!(
-            "{name}: Parameter 'key-secret' is required for cipher"
-        )));
-    }
+    spec.check_encryption().map_err(named)?;
     if let Some(other) = &spec.other {
         other
             .measure(&[])
@@ -420,6 +473,10 @@ fn option_help(format: &str) -> Outcome {
         (
             "data_file_raw=<bool (on/off)>",
             "The external data file must stay valid as a raw image",
+        ),
+        (
+            "encrypt.format=<str>",
+            "Encrypt the image: luks, with encrypt.key-secret=ID and luks's other options",
         ),
         ("extended_l2=<bool (on/off)>", "Extended L2 tables"),
         (

@@ -210,7 +210,12 @@ fn set_vmdk(o: &mut vmdk::CreateOptions, key: &str, value: &str) -> Result<bool,
     Ok(true)
 }
 
-fn set_luks(o: &mut luks::CreateOptions, key: &str, value: &str) -> Result<bool, Failure> {
+/// Sets an option of a LUKS header; `false` if there is none of this name.
+pub(crate) fn set_luks(
+    o: &mut luks::CreateOptions,
+    key: &str,
+    value: &str,
+) -> Result<bool, Failure> {
     match key {
         "cipher-alg" => {
             o.key_bits = match value {
@@ -305,15 +310,40 @@ pub(crate) fn describe(image: &NewImage, name: &str, common: &CreateOptions) -> 
             }
         }
         NewImage::Luks(o) => {
-            if let Some(id) = &o.key_secret {
-                text.push_str(&format!(" key-secret={id}"));
-            }
-            if o.iteration_time != luks::CreateOptions::default().iteration_time {
-                text.push_str(&format!(" iter-time={}", o.iteration_time));
-            }
+            describe_luks(o, |key, value| text.push_str(&format!(" {key}={value}")));
         }
     }
     text
+}
+
+/// The options of a LUKS header that were given.
+pub(crate) fn describe_luks(o: &luks::CreateOptions, mut add: impl FnMut(&str, &str)) {
+    let default = luks::CreateOptions::default();
+    if let Some(id) = &o.key_secret {
+        add("key-secret", id);
+    }
+    if o.key_bits != default.key_bits {
+        add("cipher-alg", &format!("aes-{}", o.key_bits));
+    }
+    if o.mode != default.mode {
+        add("cipher-mode", "cbc");
+    }
+    if o.iv != default.iv {
+        add(
+            "ivgen-alg",
+            match o.iv {
+                IvGenerator::Plain => "plain",
+                IvGenerator::Plain64 => "plain64",
+                IvGenerator::Essiv(_) => "essiv",
+            },
+        );
+    }
+    if o.hash != default.hash {
+        add("hash-alg", o.hash.name());
+    }
+    if o.iteration_time != default.iteration_time {
+        add("iter-time", &o.iteration_time.to_string());
+    }
 }
 
 /// Properties as JSON.

@@ -3,7 +3,9 @@
 use std::os::unix::fs::MetadataExt;
 
 use image_formats::qcow2::{Autoclear, Compatible, Incompatible, Qcow2};
-use image_formats::{Image, ImageOptions, local_path, open_image, resolve_name};
+use image_formats::{
+    Image, ImageOptions, Property, Value as PropertyValue, local_path, open_image, resolve_name,
+};
 use serde_json::{Map, Value, json};
 
 use super::args::{flag, value};
@@ -106,60 +108,83 @@ async fn look(name: &str, options: &ImageOptions) -> Result<Layer, Failure> {
     })
 }
 
-/// A property: its names for people and in JSON, and its value.
-type Property = (&'static str, &'static str, Value);
-
 fn specific(layer: &Layer) -> Option<Vec<Property>> {
-    layer.image.qcow2.as_deref().map(qcow2_properties)
+    if let Some(qcow2) = &layer.image.qcow2 {
+        return Some(qcow2_properties(qcow2));
+    }
+    let specific = layer.image.format.as_ref()?.describe().specific;
+    Some(specific).filter(|list| !list.is_empty())
 }
 
 /// The properties of a qcow2 image in the order in which they are shown.
 pub(crate) fn qcow2_properties(qcow2: &Qcow2) -> Vec<Property> {
     let header = qcow2.header();
+    let of = |label, key, value| Property { label, key, value };
+    let text = |label, key, value: &str| of(label, key, PropertyValue::Text(value.to_owned()));
+    let truth = |label, key, value| of(label, key, PropertyValue::Bool(value));
     let compat = if header.version >= 3 { "1.1" } else { "0.10" };
-    let mut list = vec![("compat", "compat", json!(compat))];
-    list.push((
-        "compression type",
-        "compression-type",
-        json!(header.compression.name()),
-    ));
-    if header.version >= 3 {
-        let lazy = header.compatible.contains(Compatible::LAZY_REFCOUNTS);
-        let corrupt = header.incompatible.contains(Incompatible::CORRUPT);
-        list.push(("lazy refcounts", "lazy-refcounts", json!(lazy)));
-        list.push((
-            "refcount bits",
-            "refcount-bits",
-            json!(1 << header.refcount_order),
-        ));
-        if let Some(data) = &header.data_file {
-            let raw = header.autoclear.contains(Autoclear::RAW_DATA_FILE);
-            list.push(("data file", "data-file", json!(data)));
-            list.push(("data file raw", "data-file-raw", json!(raw)));
-        }
-        list.push(("corrupt", "corrupt", json!(corrupt)));
-        list.push((
-            "extended l2",
-            "extended-l2",
-            json!(header.has_subclusters()),
-        ));
-    } else {
-        list.push((
-            "refcount bits",
-            "refcount-bits",
-            json!(1 << header.refcount_order),
-        ));
+    let refcounts = PropertyValue::Number(1 << header.refcount_order);
+    let refcounts = of("refcount bits", "refcount-bits", refcounts);
+    let encryption = qcow2.encryption().map(encryption);
+    let encryption = encryption.map(|list| of("encrypt", "encrypt", PropertyValue::Group(list)));
+    let mut list = vec![
+        text("compat", "compat", compat),
+        text(
+            "compression type",
+            "compression-type",
+            header.compression.name(),
+        ),
+    ];
+    if header.version < 3 {
+        list.push(refcounts);
+        list.extend(encryption);
+        return list;
     }
+    let lazy = header.compatible.contains(Compatible::LAZY_REFCOUNTS);
+    let corrupt = header.incompatible.contains(Incompatible::CORRUPT);
+    list.extend([truth("lazy refcounts", "lazy-refcounts", lazy), refcounts]);
+    list.extend(encryption);
+    if let Some(data) = &header.data_file {
+        let raw = header.autoclear.contains(Autoclear::RAW_DATA_FILE);
+        list.extend([
+            text("data file", "data-file", data),
+            truth("data file raw", "data-file-raw", raw),
+        ]);
+    }
+    list.extend([
+        truth("corrupt", "corrupt", corrupt),
+        truth("extended l2", "extended-l2", header.has_subclusters()),
+    ]);
+    list
+}
+
+/// A LUKS header's properties as those of a qcow2 image: with the name of the method.
+fn encryption(mut list: Vec<Property>) -> Vec<Property> {
+    let uuid = list.iter().position(|property| property.key == "uuid");
+    let format = Property {
+        label: "format",
+        key: "format",
+        value: PropertyValue::Text("luks".into()),
+    };
+    list.insert(uuid.map_or(0, |at| at + 1), format);
     list
 }
 
 /// Properties for people, a line for each.
 pub(crate) fn property_lines(list: &[Property]) -> String {
-    let line = |(name, _, value): &Property| match value {
-        Value::String(text) => format!("    {name}: {text}\n"),
-        other => format!("    {name}: {other}\n"),
-    };
-    list.iter().map(line).collect()
+    let lines = formats::as_lines(list, 1);
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// Whether what is stored can't be read without a password.
+fn is_encrypted(layer: &Layer) -> bool {
+    match &layer.image.qcow2 {
+        Some(qcow2) => qcow2.encryption().is_some(),
+        None => {
+            let format = layer.image.format.as_ref();
+            format.is_some_and(|format| format.describe().encrypted)
+        }
+    }
 }
 
 fn as_text(layer: &Layer) -> String {
@@ -173,8 +198,7 @@ fn as_text(layer: &Layer) -> String {
         ),
         format!("disk size: {}", shown_disk_size(layer)),
     ];
-    let description = layer.image.format.as_ref().map(|f| f.describe());
-    if description.as_ref().is_some_and(|d| d.encrypted) {
+    if is_encrypted(layer) {
         lines.push("encrypted: yes".to_owned());
     }
     if let Some(qcow2) = &layer.image.qcow2 {
@@ -206,11 +230,7 @@ fn as_text(layer: &Layer) -> String {
     }
     if let Some(list) = specific(layer) {
         lines.push("Format specific information:".to_owned());
-        lines.push(property_lines(&list).trim_end().to_owned());
-    }
-    if let Some(d) = description.filter(|d| !d.specific.is_empty()) {
-        lines.push("Format specific information:".to_owned());
-        lines.extend(formats::as_lines(&d.specific, 1));
+        lines.extend(formats::as_lines(&list, 1));
     }
     lines.push("Child node '/file':".to_owned());
     lines.push(format!("    filename: {}", layer.name));
@@ -277,27 +297,12 @@ fn as_json(layer: &Layer) -> Value {
     object.insert("format".into(), json!(layer.format));
     object.insert("actual-size".into(), json!(layer.disk_size));
     if let Some(list) = specific(layer) {
-        let data: Map<String, Value> = list
-            .into_iter()
-            .map(|(_, key, value)| (key.to_owned(), value))
-            .collect();
-        object.insert(
-            "format-specific".into(),
-            json!({ "type": layer.format, "data": data }),
-        );
+        let data = formats::as_json(&list);
+        let specific = json!({ "type": layer.format, "data": data });
+        object.insert("format-specific".into(), specific);
     }
-    let description = layer.image.format.as_ref().map(|f| f.describe());
-    if let Some(d) = &description {
-        if !d.specific.is_empty() {
-            let data = formats::as_json(&d.specific);
-            object.insert(
-                "format-specific".into(),
-                json!({ "type": layer.format, "data": data }),
-            );
-        }
-        if d.encrypted {
-            object.insert("encrypted".into(), json!(true));
-        }
+    if is_encrypted(layer) {
+        object.insert("encrypted".into(), json!(true));
     }
     if let Some((backing, _)) = &backing {
         let full = resolve_name(&layer.name, backing);

@@ -94,11 +94,14 @@ pub(crate) fn image_options(parsed: &mut Parsed) -> Result<(), Failure> {
                 "driver" | "format" => driver = Some(value),
                 "file.filename" | "filename" | "file" => file = Some(value),
                 "file.driver" if value == "file" => {}
-                "key-secret" => parsed.key = Some(find(&parsed.secrets, &value)?),
+                "encrypt.format" if value == "luks" => {}
+                "key-secret" | "encrypt.key-secret" => {
+                    parsed.key = Some(find(&parsed.secrets, &value)?)
+                }
                 _ => {
                     return Err(Failure::plain(format!(
-                        "--image-opts: '{key}' is not supported: expected driver, file.filename or \
-                         key-secret"
+                        "--image-opts: '{key}' is not supported: expected driver, file.filename, \
+                         key-secret or encrypt.key-secret"
                     )));
                 }
             }

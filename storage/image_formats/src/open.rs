@@ -344,6 +344,7 @@ impl Opener {
                     discard: true,
                     backing: self.options.backing,
                     for_check: self.options.for_check,
+                    secret: self.options.secret.clone(),
                     ..qcow2::OpenOptions::default()
                 };
                 let image = Rc::new(Qcow2::open(medium.clone(), self, &options).await?);

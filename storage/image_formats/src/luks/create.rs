@@ -70,13 +70,22 @@ fn payload(spec: &CipherSpec) -> u64 {
     KEY_ALIGNMENT + SLOTS as u64 * slot_sectors(spec)
 }
 
+/// Bytes of the header with its places for passwords.
+///
+/// # Errors
+///
+/// `InvalidArgument` if the options do not go together.
+pub(crate) fn header_length(options: &CreateOptions) -> Result<u64> {
+    Ok(payload(&spec(options)?) * SECTOR)
+}
+
 /// The bytes of the file, which has one size whatever is stored.
 ///
 /// # Errors
 ///
 /// `InvalidArgument` if the options do not go together.
 pub fn measure(options: &CreateOptions) -> Result<(u64, u64)> {
-    let size = (payload(&spec(options)?) * SECTOR).checked_add(options.size);
+    let size = header_length(options)?.checked_add(options.size);
     let size = size.filter(|s| i64::try_from(*s).is_ok());
     let size =
         size.ok_or_else(|| BlockError::invalid_argument("the size is larger than any file"))?;
@@ -174,18 +183,40 @@ fn first_slot(
     Some((header, material))
 }
 
-/// Makes a volume in `medium`, which is emptied. What its disk reads as afterwards is not defined.
+/// A header that has yet to be written.
+pub(crate) struct NewKeys {
+    header: Vec<u8>,
+    /// The first slot's place behind the header's begin.
+    place: u64,
+    material: Vec<u8>,
+}
+
+impl NewKeys {
+    /// Writes it at `base`; the header comes last.
+    ///
+    /// # Errors
+    ///
+    /// What the host reports.
+    pub(crate) async fn write(&self, medium: &dyn Medium, base: u64) -> Result<()> {
+        let material = IoBuf::from_slice(&self.material);
+        medium.write(base + self.place, material).await?;
+        medium.flush().await?;
+        medium.write(base, IoBuf::from_slice(&self.header)).await?;
+        medium.flush().await
+    }
+}
+
+/// Makes a key, and a header whose first slot has the password.
 ///
 /// # Errors
 ///
-/// `InvalidArgument` for options that do not go together or without a password, or what the host reports.
-pub async fn create(medium: &Rc<dyn Medium>, options: &CreateOptions) -> Result<()> {
+/// `InvalidArgument` for options that do not go together or without a password.
+pub(crate) async fn new_keys(options: &CreateOptions) -> Result<NewKeys> {
     let Some(secret) = &options.secret else {
         let message = "Parameter 'key-secret' is required for cipher";
         return Err(BlockError::invalid_argument(message));
     };
     let spec = spec(options)?;
-    let (length, _) = measure(options)?;
     let mut header = new_header(spec, options)?;
     header.slots[0].salt = random_salt()?;
     let key = random(spec.key_bytes)?;
@@ -195,11 +226,22 @@ pub async fn create(medium: &Rc<dyn Medium>, options: &CreateOptions) -> Result<
     let made = made.await;
     let (header, material) =
         made.ok_or_else(|| BlockError::invalid_argument("the key has an impossible size"))?;
+    Ok(NewKeys {
+        place: u64::from(header.slots[0].key_offset) * SECTOR,
+        header: header.encode(),
+        material,
+    })
+}
+
+/// Makes a volume in `medium`, which is emptied. What its disk reads as afterwards is not defined.
+///
+/// # Errors
+///
+/// `InvalidArgument` for options that do not go together or without a password, or what the host reports.
+pub async fn create(medium: &Rc<dyn Medium>, options: &CreateOptions) -> Result<()> {
+    let (length, _) = measure(options)?;
+    let keys = new_keys(options).await?;
     medium.set_len(0).await?;
     medium.set_len(length).await?;
-    let place = u64::from(header.slots[0].key_offset) * SECTOR;
-    medium.write(place, IoBuf::from_slice(&material)).await?;
-    medium.flush().await?;
-    medium.write(0, IoBuf::from_slice(&header.encode())).await?;
-    medium.flush().await
+    keys.write(&**medium, 0).await
 }

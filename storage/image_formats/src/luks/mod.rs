@@ -4,29 +4,28 @@
 
 mod cipher;
 mod create;
+mod encryption;
 mod header;
 mod keys;
 
 pub use cipher::{Hash, IvGenerator, Mode};
 pub use create::{CreateOptions, create, measure};
+pub(crate) use create::{header_length, new_keys};
+pub(crate) use encryption::Encryption;
 
 use std::cell::Cell;
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::executor::offload;
 use block::{
     BlockBackend, BlockError, BlockFuture, ErrorKind, Extent, ExtentKind, ExtentQuery, IoBuf,
     Limits, Medium, Result, ZeroFlags,
 };
 
-use crate::details::{
-    Compression, Description, ImageFormat, Property, Value, no_compression, property,
-};
+use crate::details::{Compression, Description, ImageFormat, no_compression};
 use crate::qcow2::{CheckReport, Repair};
-use cipher::SectorCipher;
-use header::{HEADER_SIZE, Header, SECTOR, Slot, material_size};
+use header::SECTOR;
 
 /// What is encrypted in one piece of memory.
 const PIECE: usize = 1 << 20;
@@ -55,10 +54,8 @@ impl fmt::Debug for Secret {
 /// An open LUKS volume.
 pub struct Luks {
     medium: Rc<dyn Medium>,
-    header: Header,
+    encryption: Encryption,
     size: Cell<u64>,
-    /// `None` if it was opened without a password.
-    cipher: Option<SectorCipher>,
 }
 
 impl Luks {
@@ -80,37 +77,23 @@ impl Luks {
     }
 
     async fn open_inner(medium: Rc<dyn Medium>, secret: Option<&Secret>) -> Result<Self> {
-        let first = IoBuf::zeroed(HEADER_SIZE);
-        medium.read(0, first.clone()).await?;
-        let header = Header::parse(&first.to_vec())?;
-        let payload = u64::from(header.payload) * SECTOR;
-        let size = medium.len().checked_sub(payload).ok_or_else(|| {
+        let encryption = Encryption::open(&*medium, 0, secret).await?;
+        let size = medium.len().checked_sub(encryption.payload());
+        let size = size.ok_or_else(|| {
             BlockError::invalid_image("the file ends before the encrypted data begins")
         })?;
-        let cipher = match secret {
-            Some(secret) => Some(unlock(&*medium, &header, secret).await?),
-            None => None,
-        };
         Ok(Self {
             medium,
             size: Cell::new(size / SECTOR * SECTOR),
-            header,
-            cipher,
+            encryption,
         })
     }
 
     fn payload(&self) -> u64 {
-        u64::from(self.header.payload) * SECTOR
-    }
-
-    fn cipher(&self) -> Result<&SectorCipher> {
-        self.cipher.as_ref().ok_or_else(|| {
-            BlockError::invalid_argument("the volume is encrypted, and no password was given")
-        })
+        self.encryption.payload()
     }
 
     async fn read_part(&self, offset: u64, buf: IoBuf) -> Result<()> {
-        let cipher = self.cipher()?;
         let mut done = 0;
         while done < buf.len() {
             let length = (buf.len() - done).min(PIECE);
@@ -119,7 +102,7 @@ impl Luks {
             let piece = IoBuf::zeroed(length);
             self.medium.read(self.payload() + at, piece.clone()).await?;
             let mut bytes = piece.to_vec();
-            cipher.decrypt(at / SECTOR, &mut bytes);
+            self.encryption.decrypt(at, &mut bytes)?;
             buf.slice(done, length).copy_from(&bytes);
             done += length;
         }
@@ -138,7 +121,7 @@ impl Luks {
     }
 
     async fn write_bytes(&self, offset: u64, mut bytes: Vec<u8>) -> Result<()> {
-        self.cipher()?.encrypt(offset / SECTOR, &mut bytes);
+        self.encryption.encrypt(offset, &mut bytes)?;
         let place = self.payload() + offset;
         self.medium.write(place, IoBuf::from_slice(&bytes)).await
     }
@@ -154,30 +137,6 @@ impl Luks {
         }
         Ok(())
     }
-}
-
-/// Looks for the slot whose password `secret` is.
-async fn unlock(medium: &dyn Medium, header: &Header, secret: &Secret) -> Result<SectorCipher> {
-    for slot in header.slots.iter().filter(|slot| slot.active) {
-        let size = material_size(header.cipher.key_bytes, slot.stripes);
-        let buffer = IoBuf::zeroed(size as usize);
-        let place = u64::from(slot.key_offset) * SECTOR;
-        medium.read(place, buffer.clone()).await?;
-        let material = buffer.to_vec();
-        let (header, slot, password) = (header.clone(), slot.clone(), secret.bytes().to_vec());
-        let spec = header.cipher;
-        let key = offload(move || {
-            let secret = Secret::new(&password);
-            keys::unlock(&header, &slot, material, &secret)
-        });
-        if let Some(key) = key.await
-            && let Some(cipher) = SectorCipher::new(spec, &key)
-        {
-            return Ok(cipher);
-        }
-    }
-    let message = "Invalid password, cannot unlock any keyslot";
-    Err(BlockError::new(ErrorKind::PermissionDenied, message))
 }
 
 impl BlockBackend for Luks {
@@ -238,7 +197,7 @@ impl BlockBackend for Luks {
         Box::pin(async move {
             let old = self.size.get();
             if size > old {
-                self.cipher()?;
+                self.encryption.check_unlocked()?;
             }
             let length = self
                 .payload()
@@ -261,49 +220,11 @@ impl BlockBackend for Luks {
     }
 }
 
-fn slot_properties(slot: &Slot) -> Vec<Property> {
-    let mut list = vec![property("active", "active", Value::Bool(slot.active))];
-    let number = |label, key, value: u64| property(label, key, Value::Number(value as i64));
-    if slot.active {
-        list.push(number("iters", "iters", u64::from(slot.iterations)));
-    }
-    let place = u64::from(slot.key_offset) * SECTOR;
-    list.push(number("key offset", "key-offset", place));
-    if slot.active {
-        list.push(number("stripes", "stripes", u64::from(slot.stripes)));
-    }
-    list
-}
-
 impl ImageFormat for Luks {
     fn describe(&self) -> Description {
-        let (header, cipher) = (&self.header, self.header.cipher);
-        let text = |label, key, value: &str| property(label, key, Value::Text(value.to_owned()));
-        let mut specific = vec![text("ivgen alg", "ivgen-alg", cipher.iv_name())];
-        if let IvGenerator::Essiv(hash) = cipher.iv {
-            specific.push(text("ivgen hash alg", "ivgen-hash-alg", hash.name()));
-        }
-        let slots = header.slots.iter().map(slot_properties).collect();
-        specific.extend([
-            text("hash alg", "hash-alg", header.hash.name()),
-            text("cipher alg", "cipher-alg", cipher.cipher_name()),
-            text("uuid", "uuid", &header.uuid),
-            text("cipher mode", "cipher-mode", cipher.mode_name()),
-            property("slots", "slots", Value::List(slots)),
-            property(
-                "payload offset",
-                "payload-offset",
-                Value::Number(self.payload() as i64),
-            ),
-            property(
-                "master key iters",
-                "master-key-iters",
-                Value::Number(i64::from(header.digest_iterations)),
-            ),
-        ]);
         Description {
             encrypted: true,
-            specific,
+            specific: self.encryption.describe(),
             ..Description::default()
         }
     }

@@ -158,6 +158,9 @@ impl Walk<'_> {
         let header = self.image.header();
         let cluster = self.image.geometry.cluster_size();
         self.count("the header", 0, cluster, 1)?;
+        if let Some(luks) = header.encryption() {
+            self.count("the LUKS header", luks.offset, luks.length, 1)?;
+        }
         let mut l1_tables: BTreeMap<(u64, u32), u32> = BTreeMap::new();
         *l1_tables
             .entry((header.l1_offset, header.l1_size))

@@ -5,10 +5,12 @@ use std::rc::Rc;
 use block::{BlockBackend, BlockError, IoBuf, Medium, OpenGate, Result};
 
 use super::header::{
-    Autoclear, Compatible, CompressionType, Header, Incompatible, MAX_L1_BYTES, feature_name_table,
+    Autoclear, CRYPT_LUKS, Compatible, CompressionType, EncryptionExtension, Header, Incompatible,
+    MAX_L1_BYTES, extension, feature_name_table,
 };
 use super::layout::{Mapping, set_refcount};
 use super::{OpenOptions, Qcow2};
+use crate::luks;
 
 /// How much of a new image is allocated at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -51,6 +53,8 @@ pub struct CreateOptions {
     pub data_file_raw: bool,
     /// How much to allocate.
     pub preallocation: Preallocation,
+    /// How the guest's data is encrypted, if it is; the size there does not count.
+    pub encryption: Option<luks::CreateOptions>,
 }
 
 impl Default for CreateOptions {
@@ -68,6 +72,7 @@ impl Default for CreateOptions {
             data_file: None,
             data_file_raw: false,
             preallocation: Preallocation::Off,
+            encryption: None,
         }
     }
 }
@@ -122,6 +127,11 @@ impl CreateOptions {
         if self.data_file_raw && self.data_file.is_none() {
             return Err(refused("data-file-raw requires data-file"));
         }
+        if self.data_file_raw && self.encryption.is_some() {
+            return Err(refused(
+                "Encryption and data-file-raw cannot be used at the same time",
+            ));
+        }
         if self.data_file_raw && self.backing_file.is_some() {
             return Err(refused(
                 "Backing file and data-file-raw cannot be used at the same time",
@@ -143,7 +153,8 @@ impl CreateOptions {
         let disk = self.size.next_multiple_of(cluster);
         let l2_bytes = (disk / cluster * entry).next_multiple_of(cluster);
         let l1_bytes = (l2_bytes / cluster * 8).next_multiple_of(cluster);
-        let metadata = cluster + l2_bytes + l1_bytes;
+        let luks_bytes = self.luks_length()?.next_multiple_of(cluster);
+        let metadata = cluster + l2_bytes + l1_bytes + luks_bytes;
         let clusters = (metadata + disk) / cluster;
         let per_block = cluster * 8 / u64::from(self.refcount_bits);
         let (mut blocks, mut table) = (0, 0);
@@ -159,6 +170,11 @@ impl CreateOptions {
         Ok((full - disk + data.min(disk), full))
     }
 
+    /// Bytes of the LUKS header; 0 without encryption.
+    fn luks_length(&self) -> Result<u64> {
+        self.encryption.as_ref().map_or(Ok(0), luks::header_length)
+    }
+
     /// The header, without the places of the tables.
     pub(crate) fn header(&self) -> Result<Header> {
         self.validate()?;
@@ -169,7 +185,7 @@ impl CreateOptions {
             data_file: self.data_file.clone(),
             cluster_bits: self.cluster_size.ilog2(),
             size: self.size,
-            crypt_method: 0,
+            crypt_method: self.encryption.as_ref().map_or(0, |_| CRYPT_LUKS),
             l1_size: 0,
             l1_offset: 0,
             refcount_table_offset: 0,
@@ -199,9 +215,18 @@ impl CreateOptions {
         if self.version >= 3 {
             header.extensions.push(feature_name_table());
         }
+        if self.encryption.is_some() {
+            // Where it is comes later.
+            header.set_encryption(EncryptionExtension {
+                offset: 0,
+                length: self.luks_length()?,
+            });
+        }
         // A small cluster has no room for the names.
         if header.encode().is_err() {
-            header.extensions.clear();
+            header
+                .extensions
+                .retain(|e| e.kind != extension::FEATURE_NAMES);
         }
         let entries = header.l1_entries_for(self.size);
         if entries * 8 > MAX_L1_BYTES || self.size > i64::MAX.cast_unsigned() - self.cluster_size {
@@ -225,13 +250,19 @@ pub async fn create(
 ) -> Result<()> {
     let mut header = options.header()?;
     let cluster = options.cluster_size;
+    let keys = match &options.encryption {
+        Some(encryption) => Some(luks::new_keys(encryption).await?),
+        None => None,
+    };
     medium.set_len(0).await?;
-    // Header, refcount table, refcount blocks, L1 table, in this order.
+    // Header, refcount table, refcount blocks, L1 table, LUKS header, in this order.
     let l1_clusters = (u64::from(header.l1_size) * 8).div_ceil(cluster);
+    let luks_length = options.luks_length()?;
+    let tables = l1_clusters + luks_length.div_ceil(cluster);
     let per_block = cluster * 8 / u64::from(options.refcount_bits);
     let (mut blocks, mut table_clusters) = (1u64, 1u64);
     loop {
-        let total = 1 + table_clusters + blocks + l1_clusters;
+        let total = 1 + table_clusters + blocks + tables;
         let needed = total.div_ceil(per_block);
         let needed_table = (needed * 8).div_ceil(cluster);
         if needed <= blocks && needed_table <= table_clusters {
@@ -239,7 +270,7 @@ pub async fn create(
         }
         (blocks, table_clusters) = (needed.max(blocks), needed_table.max(table_clusters));
     }
-    let total = 1 + table_clusters + blocks + l1_clusters;
+    let total = 1 + table_clusters + blocks + tables;
     header.refcount_table_offset = cluster;
     header.refcount_table_clusters = u32::try_from(table_clusters).unwrap_or(u32::MAX);
     header.l1_offset = (1 + table_clusters + blocks) * cluster;
@@ -257,6 +288,14 @@ pub async fn create(
         medium.write(place, IoBuf::from_slice(&block)).await?;
     }
     medium.set_len(total * cluster).await?;
+    if let Some(keys) = keys {
+        let offset = header.l1_offset + l1_clusters * cluster;
+        keys.write(&**medium, offset).await?;
+        header.set_encryption(EncryptionExtension {
+            offset,
+            length: luks_length,
+        });
+    }
     medium.flush().await?;
     medium
         .write(0, IoBuf::from_slice(&header.encode()?))
@@ -271,6 +310,7 @@ pub async fn create(
     if options.preallocation != Preallocation::Off {
         let open = OpenOptions {
             backing: false,
+            secret: options.encryption.as_ref().and_then(|e| e.secret.clone()),
             ..OpenOptions::default()
         };
         let image = Qcow2::open(medium.clone(), gate, &open).await?;

@@ -85,6 +85,7 @@ pub(crate) mod extension {
     pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
     pub(crate) const BITMAPS: u32 = 0x2385_2875;
     pub(crate) const DATA_FILE: u32 = 0x4441_5441;
+    pub(crate) const ENCRYPTION: u32 = 0x0537_be77;
 }
 
 /// A header extension that is kept as it is.
@@ -106,6 +107,20 @@ pub struct BitmapsExtension {
     /// The directory's offset in the file.
     pub directory_offset: u64,
 }
+
+/// Where an encrypted image's LUKS header is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncryptionExtension {
+    /// The header's offset in the file.
+    pub offset: u64,
+    /// Its length in bytes, with the places for passwords.
+    pub length: u64,
+}
+
+/// `crypt_method` of an image that is encrypted as a LUKS volume is.
+pub(crate) const CRYPT_LUKS: u32 = 2;
+/// The largest LUKS header that is accepted, in bytes.
+const MAX_ENCRYPTION_HEADER: u64 = 64 << 20;
 
 /// A header in plain values.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -361,11 +376,26 @@ impl Header {
             1 => Err(BlockError::unsupported(
                 "AES-encrypted qcow2 images are not supported",
             )),
-            2 => Err(BlockError::unsupported(
-                "LUKS-encrypted qcow2 images are not supported",
-            )),
+            CRYPT_LUKS => self.check_encryption(),
             other => Err(invalid(format!("encryption method {other} is unknown"))),
         }
+    }
+
+    fn check_encryption(&self) -> Result<()> {
+        let Some(EncryptionExtension { offset, length }) = self.encryption() else {
+            return Err(invalid("the image does not say where its LUKS header is"));
+        };
+        let cluster = 1u64 << self.cluster_bits;
+        let end = offset.checked_add(length);
+        if offset & (cluster - 1) != 0
+            || offset == 0
+            || length > MAX_ENCRYPTION_HEADER
+            || end.is_none_or(|end| end > i64::MAX.cast_unsigned())
+        {
+            let message = format!("a LUKS header of {length} bytes cannot be at {offset:#x}");
+            return Err(invalid(message));
+        }
+        Ok(())
     }
 
     fn check_features(&self) -> Result<()> {
@@ -414,6 +444,24 @@ impl Header {
     /// Whether L2 entries have subcluster bitmaps.
     pub fn has_subclusters(&self) -> bool {
         self.incompatible.contains(Incompatible::EXTENDED_L2)
+    }
+
+    /// Where the LUKS header is, if the image says so.
+    pub fn encryption(&self) -> Option<EncryptionExtension> {
+        let of_kind = |e: &&Extension| e.kind == extension::ENCRYPTION;
+        let data = &self.extensions.iter().find(of_kind)?.data;
+        Some(EncryptionExtension {
+            offset: be64(data, 0).ok()?,
+            length: be64(data, 8).ok()?,
+        })
+    }
+
+    /// Says where the LUKS header is.
+    pub(crate) fn set_encryption(&mut self, place: EncryptionExtension) {
+        self.extensions.retain(|e| e.kind != extension::ENCRYPTION);
+        let data = [place.offset.to_be_bytes(), place.length.to_be_bytes()].concat();
+        let kind = extension::ENCRYPTION;
+        self.extensions.push(Extension { kind, data });
     }
 
     /// The bitmaps extension, if there is a well-formed one.

@@ -336,7 +336,8 @@ impl Qcow2 {
         let pads_are_zero = before + after > 0
             && padded.slice(0, before).is_zero()
             && padded.slice(before + length, after).is_zero();
-        if allocation.fresh && pads_are_zero {
+        // What is not written there reads as zeroes, unless it is decrypted.
+        if allocation.fresh && pads_are_zero && self.encryption.is_none() {
             self.data
                 .write(allocation.offset + from, padded.slice(before, length))
                 .await?;
@@ -610,8 +611,9 @@ impl Qcow2 {
         let mut offset = query.offset;
         while offset < end && found.len() < query.limit {
             let stretch = self.stretch(offset, end - offset).await?;
+            // What is stored there is not what the guest has.
             let place = |offset| {
-                Some(HostRange {
+                self.encryption.is_none().then(|| HostRange {
                     file: self.data.name(),
                     offset,
                 })

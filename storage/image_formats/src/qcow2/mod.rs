@@ -8,6 +8,7 @@ mod cache;
 pub mod check;
 mod compress;
 mod create;
+mod encrypted;
 mod header;
 mod io;
 mod layout;
@@ -20,7 +21,8 @@ pub use check::{CheckReport, Repair};
 pub use compress::ClusterCompressor;
 pub use create::{CreateOptions, Preallocation, create};
 pub use header::{
-    Autoclear, BitmapsExtension, Compatible, CompressionType, Extension, Header, Incompatible,
+    Autoclear, BitmapsExtension, Compatible, CompressionType, EncryptionExtension, Extension,
+    Header, Incompatible,
 };
 pub use snapshot::Snapshot;
 
@@ -34,12 +36,15 @@ use block::{
     Limits, Medium, OpenGate, Result, ZeroFlags,
 };
 
+use crate::details::Property;
+use crate::luks::{Encryption, Secret};
 use allocator::Refcounts;
 use cache::Cache;
+use header::CRYPT_LUKS;
 use layout::Geometry;
 
 /// How an image is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenOptions {
     /// Memory for L2 tables, in bytes.
     pub l2_cache: u64,
@@ -51,6 +56,8 @@ pub struct OpenOptions {
     pub backing: bool,
     /// Open for checking: images marked as corrupt or not cleanly closed are left as they are.
     pub for_check: bool,
+    /// The password of an encrypted image. Without it the image can only be described and checked.
+    pub secret: Option<Secret>,
 }
 
 impl Default for OpenOptions {
@@ -61,6 +68,7 @@ impl Default for OpenOptions {
             discard: true,
             backing: true,
             for_check: false,
+            secret: None,
         }
     }
 }
@@ -72,6 +80,7 @@ pub struct Qcow2 {
     /// Where guest data is: the medium itself, or the external data file.
     data: Rc<dyn Medium>,
     external_data: bool,
+    encryption: Option<Rc<Encryption>>,
     geometry: Geometry,
     writable: bool,
     discards_medium: bool,
@@ -147,6 +156,15 @@ impl Qcow2 {
         }
         let data = open_data(&header, &medium, gate).await?;
         let external_data = data.is_some();
+        let mut data = data.unwrap_or_else(|| medium.clone());
+        let encryption = open_encryption(&header, &*medium, options).await;
+        let encryption = encryption.map_err(|e| e.context(format!("'{name}'")))?;
+        if let Some(encryption) = &encryption {
+            data = Rc::new(encrypted::Encrypted {
+                inner: data,
+                encryption: encryption.clone(),
+            });
+        }
         let l1 = read_table(&*medium, header.l1_offset, header.l1_size as usize).await?;
         let geometry = Geometry::of(&header);
         let entries = (header.refcount_table_clusters as usize) << (geometry.cluster_bits - 3);
@@ -156,9 +174,10 @@ impl Qcow2 {
         let slices = options.l2_cache / tables::SLICE_SIZE.min(geometry.cluster_size());
         let blocks = options.refcount_cache >> geometry.cluster_bits;
         let image = Self {
-            data: data.unwrap_or_else(|| medium.clone()),
+            data,
             medium,
             external_data,
+            encryption,
             geometry,
             writable,
             discards_medium: options.discard,
@@ -275,6 +294,11 @@ impl Qcow2 {
         result
     }
 
+    /// What the LUKS header of an encrypted image says.
+    pub fn encryption(&self) -> Option<Vec<Property>> {
+        Some(self.encryption.as_ref()?.describe())
+    }
+
     /// The cluster size in bytes.
     pub fn cluster_size(&self) -> u64 {
         self.geometry.cluster_size()
@@ -300,6 +324,10 @@ impl Qcow2 {
             return Err(BlockError::unsupported(
                 "data files cannot hold compressed data",
             ));
+        }
+        if self.encryption.is_some() {
+            let message = "Compression and encryption not supported at the same time";
+            return Err(BlockError::unsupported(message));
         }
         if self.geometry.in_cluster(offset) != 0 || offset >= self.size.get() {
             let message = "compressed data is written to whole clusters";
@@ -327,6 +355,26 @@ impl Qcow2 {
         }
         Ok(())
     }
+}
+
+async fn open_encryption(
+    header: &Header,
+    medium: &dyn Medium,
+    options: &OpenOptions,
+) -> Result<Option<Rc<Encryption>>> {
+    let Some(place) = header
+        .encryption()
+        .filter(|_| header.crypt_method == CRYPT_LUKS)
+    else {
+        return Ok(None);
+    };
+    if options.secret.is_none() && !options.for_check {
+        let message = "Parameter 'encrypt.key-secret' is required for cipher";
+        return Err(BlockError::invalid_argument(message));
+    }
+    let secret = options.secret.as_ref();
+    let opened = Encryption::open(medium, place.offset, secret).await?;
+    Ok(Some(Rc::new(opened)))
 }
 
 async fn open_data(
