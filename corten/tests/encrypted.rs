@@ -40,6 +40,9 @@ fn same_of_all(text: &str) -> Vec<&str> {
         .collect()
 }
 
+/// A format that encrypts, and what its options begin with.
+const FORMATS: [(&str, &str); 2] = [("luks", ""), ("qcow2", "encrypt.")];
+
 #[test]
 fn volumes_go_both_ways() {
     let folder = tempfile::tempdir().unwrap();
@@ -47,51 +50,70 @@ fn volumes_go_both_ways() {
     std::fs::write(folder.join("password"), "hush, hush").unwrap();
     let content: Vec<u8> = (0..2 << 20).map(|n: u32| (n >> 8) as u8 & 0x7f).collect();
     std::fs::write(folder.join("base.raw"), &content).unwrap();
-    let options = "key-secret=s,iter-time=10";
-    let make = ["convert", "--object", OBJECT, "-f", "raw", "-O", "luks"];
-    for (maker, name) in [(OURS, "ours.luks"), ("qemu-img", "theirs.luks")] {
-        let make = [&make[..], &["-o", options, "base.raw", name]].concat();
-        let Some((code, text)) = run(maker, folder, &make) else {
-            return;
+    for (format, prefix) in FORMATS {
+        let start = if format == "qcow2" {
+            "encrypt.format=luks,"
+        } else {
+            ""
         };
-        assert_eq!(code, 0, "{text}");
-        let image = format!("driver=luks,file.filename={name},key-secret=s");
-        for reader in [OURS, "qemu-img"] {
-            let read = [
-                "convert",
-                "--object",
-                OBJECT,
-                "--image-opts",
-                &image,
-                "-O",
-                "raw",
-            ];
-            let (code, text) = run(reader, folder, &[&read[..], &["o.raw"]].concat()).unwrap();
-            assert_eq!(code, 0, "{reader} {name}: {text}");
-            assert!(std::fs::read(folder.join("o.raw")).unwrap() == content);
+        let options = format!("{start}{prefix}key-secret=s,{prefix}iter-time=10");
+        let make = [
+            "convert", "--object", OBJECT, "-f", "raw", "-O", format, "-o", &options, "base.raw",
+        ];
+        for (maker, name) in [(OURS, "ours.img"), ("qemu-img", "theirs.img")] {
+            let make = [&make[..], &[name]].concat();
+            let made = run(maker, folder, &make);
+            let Some((code, text)) = made else {
+                return;
+            };
+            assert_eq!(code, 0, "{text}");
+            let image = format!("driver={format},file.filename={name},{prefix}key-secret=s");
+            for reader in [OURS, "qemu-img"] {
+                let read = [
+                    "convert",
+                    "--object",
+                    OBJECT,
+                    "--image-opts",
+                    &image,
+                    "-O",
+                    "raw",
+                ];
+                let (code, text) = run(reader, folder, &[&read[..], &["o.raw"]].concat()).unwrap();
+                assert_eq!(code, 0, "{reader} {name}: {text}");
+                assert!(std::fs::read(folder.join("o.raw")).unwrap() == content);
+            }
+            let (code, ours) = run(OURS, folder, &["info", name]).unwrap();
+            assert_eq!(code, 0, "no password is needed: {ours}");
+            let (_, theirs) = run("qemu-img", folder, &["info", name]).unwrap();
+            assert_eq!(same_of_all(&ours), same_of_all(&theirs));
         }
-        let (code, ours) = run(OURS, folder, &["info", name]).unwrap();
-        assert_eq!(code, 0, "no password is needed: {ours}");
-        let (_, theirs) = run("qemu-img", folder, &["info", name]).unwrap();
-        assert_eq!(same_of_all(&ours), same_of_all(&theirs));
+        let object = ["--object", OBJECT];
+        let unknown = format!("{start}{prefix}key-secret=x");
+        let create = ["create", "-f", format, "-o", &options, "n.img", "1M"];
+        let bare = ["convert", "-f", format, "theirs.img", "-O", "raw", "o.raw"];
+        let lacking = ["create", "-f", format, "-o", &unknown, "n.img", "1M"];
+        for arguments in [&[&create[..], &object].concat()[..], &bare, &lacking] {
+            let ours = run(OURS, folder, arguments).unwrap();
+            let theirs = run("qemu-img", folder, arguments).unwrap();
+            assert_eq!(ours.0, theirs.0, "{arguments:?}: {}", ours.1);
+        }
+        let key = format!("{start}{prefix}key-secret=s");
+        let measure = [
+            "measure", "-O", format, "--size", "1M", "--object", OBJECT, "-o", &key,
+        ];
+        let ours = run(OURS, folder, &measure).unwrap();
+        assert_eq!(ours, run("qemu-img", folder, &measure).unwrap());
     }
-    let create = [
-        "create", "-f", "luks", "--object", OBJECT, "-o", options, "n.luks", "1M",
+    let compressed = [
+        "convert", "-c", "--object", OBJECT, "-f", "raw", "-O", "qcow2", "-o",
     ];
-    let measure = ["measure", "-O", "luks", "--size", "1M"];
-    let bare = ["convert", "-f", "luks", "theirs.luks", "-O", "raw", "o.raw"];
-    let unknown = ["create", "-f", "luks", "-o", "key-secret=x", "n.luks", "1M"];
-    for arguments in [&create[..], &bare, &unknown] {
-        let ours = run(OURS, folder, arguments).unwrap();
-        let theirs = run("qemu-img", folder, arguments).unwrap();
-        assert_eq!(ours.0, theirs.0, "{arguments:?}: {}", ours.1);
-    }
-    let measure = [&measure[..], &["--object", OBJECT, "-o", "key-secret=s"]].concat();
-    let (ours, theirs) = (
-        run(OURS, folder, &measure).unwrap(),
-        run("qemu-img", folder, &measure).unwrap(),
+    let options = "encrypt.format=luks,encrypt.key-secret=s";
+    let compressed = [&compressed[..], &[options, "base.raw", "c.qcow2"]].concat();
+    assert_eq!(run(OURS, folder, &compressed).unwrap().0, 1);
+    assert!(
+        !folder.join("c.qcow2").exists(),
+        "refused before anything is made"
     );
-    assert_eq!(ours, theirs);
 }
 
 #[test]

@@ -14,11 +14,15 @@ use std::process::{Command, Output};
 use std::rc::Rc;
 
 use block::{BlockBackend, Disk, DiskOptions, IoBuf, Medium, Refusing, ZeroFlags};
+use image_formats::luks::Secret;
 use image_formats::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
 use proptest::prelude::*;
 
 /// The size of test disks: not a multiple of any cluster size above 512.
 pub const SIZE: u64 = 3 * (1 << 20) + 7 * 512;
+
+/// The password of encrypted test images.
+pub const PASSWORD: &str = "open sesame";
 
 /// One operation of a guest, or of a person on the image.
 #[derive(Debug, Clone)]
@@ -121,6 +125,7 @@ pub async fn reopen(medium: &Rc<dyn Medium>) -> Rc<Qcow2> {
         l2_cache: 16 << 10,
         refcount_cache: 0,
         backing: false,
+        secret: Some(Secret::new(PASSWORD.as_bytes())),
         ..OpenOptions::default()
     };
     Rc::new(
