@@ -125,6 +125,76 @@ fn a_killed_machine_loses_nothing_that_the_guest_has_flushed() {
     }
 }
 
+#[test]
+fn a_guest_works_on_encrypted_disks() {
+    const NAME: &str = "a_guest_works_on_encrypted_disks";
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("password"), "open sesame").unwrap();
+    let object = format!("secret,id=s,file={}", path("password"));
+    for (format, options) in [
+        (
+            "qcow2",
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+        ),
+        ("luks", "key-secret=s,iter-time=10"),
+    ] {
+        let Some(mut create) = machine::corten() else {
+            println!("skipped: {NAME}: no binary");
+            return;
+        };
+        create.args([
+            "img", "create", "-q", "--object", &object, "-f", format, "-o", options,
+        ]);
+        assert!(
+            create
+                .args([&path(format), "16M"])
+                .status()
+                .unwrap()
+                .success(),
+            "{format}"
+        );
+    }
+    let script = "for d in /dev/vd?;do seq 1 200000|dd of=$d bs=64k seek=3 conv=fsync;done";
+    let Some(mut run) = guest(NAME, script) else {
+        return;
+    };
+    run.args(["--object", &object]);
+    run.args([
+        "--disk",
+        &format!("{},format=qcow2,encrypt.key-secret=s", path("qcow2")),
+    ]);
+    run.args([
+        "--disk",
+        &format!("{},format=luks,key-secret=s", path("luks")),
+    ]);
+    run_to_end(&mut run);
+    let numbers: String = (1..=200_000).map(|n| format!("{n}\n")).collect();
+    for (format, key) in [("qcow2", "encrypt.key-secret"), ("luks", "key-secret")] {
+        let stored = std::fs::read(path(format)).unwrap();
+        assert!(
+            !stored.windows(64).any(|w| *w == numbers.as_bytes()[..64]),
+            "{format}"
+        );
+        let image = format!("driver={format},{key}=s,file.filename={}", path(format));
+        let convert = [
+            "convert",
+            "--object",
+            &object,
+            "--image-opts",
+            &image,
+            "-O",
+            "raw",
+        ];
+        let Some(done) = tool(NAME, "qemu-img", &[&convert[..], &[&path("raw")]].concat()) else {
+            return;
+        };
+        assert!(done.status.success(), "{format}: {done:?}");
+        let bytes = std::fs::read(path("raw")).unwrap();
+        assert!(bytes[3 << 16..].starts_with(numbers.as_bytes()), "{format}");
+    }
+}
+
 /// The guest with an empty raw disk and QMP.
 fn with_empty_disk(
     test: &str,

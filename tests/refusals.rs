@@ -57,6 +57,23 @@ fn usage_errors_end_with_status_2() {
     check(&["--serial", "teletype"], 2, "expected stdio");
     check(&["--qmp", "/x"], 2, "expected unix:PATH");
     check(&["--append", "x"], 2, "--kernel");
+    check(&["--object", "tls,id=x"], 2, "expected secret,id=ID");
+    check(
+        &["--object", "secret,id=x,data=xyzzy"],
+        2,
+        "expected file=FILE",
+    );
+    check(
+        &["--disk", "a,key-secret=x"],
+        2,
+        "key-secret=x: expected the id",
+    );
+    check(&["--disk", "a,rerror=enospc"], 2, "report, ignore or stop");
+    check(
+        &["--disk", "a,throttling.bps-read-max=5"],
+        2,
+        "wants bps-read",
+    );
 }
 
 #[test]

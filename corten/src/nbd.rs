@@ -18,12 +18,14 @@ use nbd::server::{Export, Server};
 use nbd::{Address, DEFAULT_PORT, TlsClient, TlsServer, inherited_listener};
 
 use crate::img::args::{self, Parsed, Spec, flag, value};
+use crate::img::convert::snapshot_name;
 use crate::img::output::say;
+use crate::img::secrets;
 
 /// Tells the server process that somebody waits for it to be ready.
 const READY: &str = "CORTEN_NBD_READY";
 
-const OPTIONS: [Spec; 28] = [
+const OPTIONS: [Spec; 29] = [
     flag('h', "help"),
     flag('V', "version"),
     value('p', "port"),
@@ -39,6 +41,7 @@ const OPTIONS: [Spec; 28] = [
     value('B', "bitmap"),
     flag('L', "list"),
     value('1', "object"),
+    flag('I', "image-opts"),
     value('2', "tls-creds"),
     value('3', "tls-hostname"),
     flag('4', "fork"),
@@ -69,7 +72,10 @@ const HELP: &str = "Serves an image over the NBD protocol. Usage:
   -f, --format FORMAT      the image's format
   -r, --read-only          refuse writes
   -s, --snapshot           keep writes in a temporary file
+  -l, --load-snapshot NAME serve an internal snapshot, read-only (also snapshot.id=ID or snapshot.name=NAME)
   -n, --nocache; --cache MODE; --aio MODE; --discard MODE; --detect-zeroes MODE
+      --image-opts         FILE is a list of options: driver=FORMAT,file.filename=NAME,encrypt.key-secret=ID
+      --object secret,id=ID,file=FILE    a password (or data=TEXT in place of file=)
       --object tls-creds-x509,id=ID,dir=DIR,endpoint=server|client[,verify-peer=on|off]
       --tls-creds ID       use TLS with these credentials
       --tls-hostname HOST  with --list: the name in the server's certificate
@@ -104,7 +110,7 @@ pub(crate) fn main(arguments: &[String], compatible: bool) -> ExitCode {
 }
 
 fn run(arguments: &[String], program: &str, compatible: bool) -> Result<(), Failure> {
-    let parsed = args::parse(arguments, &OPTIONS).map_err(|f| plain(f.text()))?;
+    let mut parsed = args::parse(arguments, &OPTIONS).map_err(|f| plain(f.text()))?;
     if parsed.has('h') {
         say(HELP);
         return Ok(());
@@ -116,11 +122,10 @@ fn run(arguments: &[String], program: &str, compatible: bool) -> Result<(), Fail
         ));
         return Ok(());
     }
-    for (letter, what) in [('B', "--bitmap"), ('l', "--load-snapshot")] {
-        if parsed.has(letter) {
-            return Err(plain(format!("{what} is not supported yet")));
-        }
+    if parsed.has('B') {
+        return Err(plain("--bitmap is not supported yet"));
     }
+    take_secrets(&mut parsed)?;
     if parsed.has('L') {
         return list_exports(&parsed);
     }
@@ -131,6 +136,25 @@ fn run(arguments: &[String], program: &str, compatible: bool) -> Result<(), Fail
         return fork(arguments);
     }
     block_on(serve(&parsed, file, compatible))?
+}
+
+/// Reads the passwords among the objects, and image names that are options.
+fn take_secrets(parsed: &mut Parsed) -> Result<(), Failure> {
+    let objects = parsed.all(&['1']);
+    let is_secret = |text: &str| {
+        let kind = text.split(',').next().unwrap_or("");
+        kind.trim_start_matches("qom-type=") == "secret"
+    };
+    let secret_texts: Vec<_> = objects
+        .into_iter()
+        .filter(|(_, text)| is_secret(text))
+        .collect();
+    let found = secrets::objects(&secret_texts).map_err(|f| plain(f.text()))?;
+    parsed.secrets = found;
+    if parsed.has('I') {
+        secrets::image_options(parsed).map_err(|f| plain(f.text()))?;
+    }
+    Ok(())
 }
 
 /// Starts the same program again and waits until it is ready or has failed.
@@ -329,9 +353,10 @@ async fn open(parsed: &Parsed, file: &str, compatible: bool) -> Result<Rc<Disk>,
     {
         return Err(plain(format!("Invalid aio mode '{mode}'")));
     }
+    let read_only = parsed.has('r') || parsed.has('l');
     let options = ImageOptions {
         format: parsed.get('f').map(str::to_owned),
-        write: !parsed.has('r'),
+        write: !read_only,
         cache,
         discard,
         detect_zeroes,
@@ -341,6 +366,7 @@ async fn open(parsed: &Parsed, file: &str, compatible: bool) -> Result<Rc<Disk>,
             External::SameDirectory
         },
         snapshot: parsed.has('s'),
+        secret: parsed.key.clone(),
         ..ImageOptions::default()
     };
     let image = open_image(file, &options).await?;
@@ -350,11 +376,17 @@ async fn open(parsed: &Parsed, file: &str, compatible: bool) -> Result<Rc<Disk>,
              Specify the 'raw' format explicitly to remove the restrictions on writes to block 0."
         );
     }
+    if let Some(which) = parsed.get('l') {
+        let Some(qcow2) = &image.qcow2 else {
+            return Err(plain("Failed to load snapshot: this format has none"));
+        };
+        qcow2.view_snapshot(snapshot_name(which)).await?;
+    }
     let policies = DiskOptions {
         cache,
         discard: discard || options.snapshot,
         detect_zeroes,
-        read_only: parsed.has('r'),
+        read_only,
         ..DiskOptions::default()
     };
     Ok(Rc::new(Disk::new(image.backend, policies)))

@@ -9,7 +9,7 @@ use clap::Args;
 use machine::{Outcome, RunOptions};
 use vm_spec::{
     BalloonSpec, CharSpec, CpuSpec, DiskSpec, KernelSpec, MachineType, NetSpec, OptionError,
-    Options, VmSpec, VsockSpec, parse_accel, parse_size,
+    Options, SecretSpec, VmSpec, VsockSpec, parse_accel, parse_size,
 };
 
 const DEFAULT_MEMORY: u64 = 1 << 30;
@@ -56,13 +56,16 @@ pub(crate) struct RunArguments {
         allow_hyphen_values = true
     )]
     append: Option<String>,
-    /// Disk: FILE[,format=raw|qcow2|vpc|vhdx|vmdk|vdi|qed|parallels|bochs|cloop|dmg][,readonly=on][,snapshot=on][,cache=writeback|writethrough|none|directsync|unsafe]
+    /// Disk: FILE[,format=raw|qcow2|vpc|vhdx|vmdk|vdi|qed|parallels|bochs|cloop|dmg|luks][,readonly=on][,snapshot=on][,cache=writeback|writethrough|none|directsync|unsafe]
     /// [,aio=io_uring|threads][,discard=ignore|unmap][,detect-zeroes=off|on|unmap][,bus=virtio][,serial=TEXT]
     /// [,logical_block_size=512|4096][,queues=N][,packed=on|off][,id=NAME][,rerror=report|ignore|stop]
     /// [,werror=report|ignore|stop|enospc][,throttling.bps-total|bps-read|bps-write|iops-total|iops-read|iops-write[-max[-length]]=N]
-    /// [,throttling.iops-size=N][,throttling.group=NAME]; may be given several times
+    /// [,throttling.iops-size=N][,throttling.group=NAME][,encrypt.key-secret=ID]; may be given several times
     #[arg(long, value_name = "DISK")]
     disk: Vec<String>,
+    /// Password of encrypted disks: secret,id=ID,file=FILE; may be given several times
+    #[arg(long, value_name = "OBJECT")]
+    object: Vec<String>,
     /// Network card: user[,hostfwd=tcp|udp:[HOSTADDR:]HOSTPORT-[GUESTADDR:]GUESTPORT]…[,restrict=on][,hostname=NAME],
     /// tap,ifname=NAME, or none; each also takes mac=ADDRESS, queues=N and packed=on|off; may be
     /// given several times (default: none)
@@ -150,9 +153,18 @@ impl RunArguments {
     }
 
     fn devices(&self, spec: &mut VmSpec) -> Result<(), OptionError> {
+        for text in &self.object {
+            spec.secrets.push(SecretSpec::parse("--object", text)?);
+        }
         for text in &self.disk {
             let mut disk = DiskSpec::parse("--disk", text)?;
             disk.snapshot |= self.snapshot;
+            if let Some(id) = &disk.key_secret
+                && !spec.secrets.iter().any(|secret| secret.id == *id)
+            {
+                let message = format!("key-secret={id}: expected the id of an --object secret");
+                return Err(OptionError::new("--disk", message));
+            }
             spec.disks.push(disk);
         }
         if spec.disks.len() > MAX_DISKS {

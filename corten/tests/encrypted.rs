@@ -116,6 +116,81 @@ fn volumes_go_both_ways() {
     );
 }
 
+/// An encrypted image with a text in its first sector and a snapshot of another one.
+fn with_snapshot(folder: &Path) {
+    std::fs::write(folder.join("password"), "hush, hush").unwrap();
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let create = [
+        "create", "-q", "-f", "qcow2", "--object", OBJECT, "-o", options, "a.qcow2", "1M",
+    ];
+    assert_eq!(run(OURS, folder, &create).unwrap().0, 0);
+    let write = |pattern: &str| {
+        let command = format!("write -P {pattern} 0 4096");
+        let (code, text) = io(folder, &["-c", &command]);
+        assert_eq!(code, 0, "{text}");
+    };
+    write("0x11");
+    let snapshot = [
+        "snapshot",
+        "--object",
+        OBJECT,
+        "--image-opts",
+        "-c",
+        "then",
+        IMAGE,
+    ];
+    assert_eq!(run(OURS, folder, &snapshot).unwrap().0, 0);
+    write("0x22");
+}
+
+const IMAGE: &str = "driver=qcow2,file.filename=a.qcow2,encrypt.key-secret=s";
+
+/// Runs `corten io` on the encrypted image.
+fn io(folder: &Path, arguments: &[&str]) -> (i32, String) {
+    let mut command = Command::new(OURS);
+    command.args(["io", "--object", OBJECT, "--image-opts", IMAGE]);
+    let output = command
+        .args(arguments)
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    (output.status.code().unwrap_or(-1), text)
+}
+
+#[test]
+fn io_and_nbd_take_passwords() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    with_snapshot(folder);
+    let (code, text) = io(folder, &["-r", "-c", "read -P 0x22 0 4096"]);
+    assert!(code == 0 && !text.contains("failed"), "{text}");
+    let (code, text) = io(folder, &["-r", "-c", "read -P 0x11 0 4096"]);
+    assert!(code != 0 || text.contains("failed"), "{text}");
+    for (more, byte) in [(&[][..], 0x22), (&["-l", "then"], 0x11)] {
+        let socket = folder.join("socket");
+        let mut server = Command::new(OURS);
+        server
+            .args(["nbd", "--fork", "--object", OBJECT, "--image-opts", "-k"])
+            .arg(&socket);
+        let started = server
+            .args(more)
+            .arg(IMAGE)
+            .current_dir(folder)
+            .status()
+            .unwrap();
+        assert!(started.success());
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let read = ["convert", "-f", "raw", "-O", "raw", &uri, "o.raw"];
+        let (code, text) = run(OURS, folder, &read).unwrap();
+        assert_eq!(code, 0, "{text}");
+        let content = std::fs::read(folder.join("o.raw")).unwrap();
+        assert!(content[..4096].iter().all(|b| *b == byte), "{more:?}");
+        assert!(content[4096..].iter().all(|b| *b == 0) && content.len() == 1 << 20);
+    }
+}
+
 #[test]
 fn passwords_are_not_shown() {
     let folder = tempfile::tempdir().unwrap();

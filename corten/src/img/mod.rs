@@ -9,14 +9,14 @@
 
 pub(crate) mod args;
 mod check;
-mod convert;
+pub(crate) mod convert;
 pub(crate) mod create;
 mod formats;
 pub(crate) mod info;
 mod layers;
 mod map;
 pub(crate) mod output;
-mod secrets;
+pub(crate) mod secrets;
 pub(crate) mod sizes;
 mod snapshot;
 mod verify;

@@ -5,9 +5,6 @@ use image_formats::luks::Secret;
 use super::Failure;
 use super::args::{Parsed, key_values};
 
-/// A password is no longer than this, in bytes.
-const MAX_SECRET: u64 = 1 << 20;
-
 /// Reads the objects that are given. Only secrets are known. No message shows what a secret holds.
 pub(crate) fn objects(texts: &[(char, &str)]) -> Result<Vec<(String, Secret)>, Failure> {
     texts.iter().map(|text| object(*text)).collect()
@@ -42,35 +39,22 @@ fn object(text: (char, &str)) -> Result<(String, Secret), Failure> {
         return Err(unknown_kind());
     }
     let id = id.ok_or_else(|| Failure::plain("Parameter 'id' is missing"))?;
-    let bytes = match (data, file) {
-        (Some(data), None) => data.into_bytes(),
-        (None, Some(file)) => read(&file)?,
+    let secret = match (data, file) {
+        (Some(data), None) => Secret::new(data.as_bytes()),
+        (None, Some(file)) => {
+            Secret::read(file.as_ref()).map_err(|e| Failure::plain(e.one_line()))?
+        }
         (Some(_), Some(_)) => {
             let message = "'file' and 'data' are mutually exclusive";
             return Err(Failure::plain(message));
         }
         (None, None) => return Err(Failure::plain("Must provide 'file' or 'data'")),
     };
-    Ok((id, Secret::new(&bytes)))
+    Ok((id, secret))
 }
 
 fn unknown_kind() -> Failure {
     Failure::plain("--object: expected secret,id=ID,data=TEXT or secret,id=ID,file=FILE")
-}
-
-fn read(file: &str) -> Result<Vec<u8>, Failure> {
-    use std::io::Read;
-    let failed = |e| Failure::plain(format!("Unable to read {file}: {e}"));
-    let mut bytes = Vec::new();
-    let opened = std::fs::File::open(file).map_err(failed)?;
-    let mut limited = opened.take(MAX_SECRET + 1);
-    limited.read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > MAX_SECRET {
-        return Err(Failure::plain(format!(
-            "{file}: a secret has at most 1 MiB"
-        )));
-    }
-    Ok(bytes)
 }
 
 /// The secret with this id.

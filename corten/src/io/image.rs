@@ -5,12 +5,13 @@ use std::rc::Rc;
 
 use block::sync::WaitQueue;
 use block::{ByteDisk, CacheMode, Disk, DiskOptions, ExtentKind, ExtentQuery, Scope};
+use image_formats::luks::Secret;
 use image_formats::{Image, ImageOptions, open_image};
 
 use super::words::{self, Words};
 use super::{Done, Failed, Session, print, usage};
 use crate::img::output::{put, say};
-use crate::img::{args, create, info, sizes};
+use crate::img::{args, create, info, secrets, sizes};
 
 /// Requests that nobody waits for.
 #[derive(Default)]
@@ -114,6 +115,7 @@ pub(super) fn options(session: &Session, words: &Words) -> Result<ImageOptions, 
 /// Applies `key=value` options; returns the file that they name.
 pub(super) fn driver_options(
     texts: &[(char, &str)],
+    passwords: &[(String, Secret)],
     options: &mut ImageOptions,
 ) -> Result<Option<String>, String> {
     let mut file = None;
@@ -129,6 +131,11 @@ pub(super) fn driver_options(
             "read-only" => options.write = !switch()?,
             "force-share" => options.lock = !switch()?,
             "file.driver" if value == "file" => {}
+            "encrypt.format" if value == "luks" => {}
+            "key-secret" | "encrypt.key-secret" => {
+                let found = secrets::find(passwords, &value).map_err(|failure| failure.text())?;
+                options.secret = Some(found);
+            }
             "discard" => options.discard = matches!(value.as_str(), "unmap" | "on"),
             "cache.direct" => {
                 if switch()? {
@@ -176,7 +183,8 @@ impl Session {
 
     pub(super) async fn open_command(&mut self, words: &Words) -> Done {
         let mut options = options(self, words).map_err(|e| self.complain(&e))?;
-        let file = driver_options(&words.all('o'), &mut options).map_err(|e| self.complain(&e))?;
+        let file = driver_options(&words.all('o'), &self.secrets, &mut options)
+            .map_err(|e| self.complain(&e))?;
         let name = match (&words.rest[..], file) {
             ([name], _) => name.clone(),
             ([], Some(name)) => name,
@@ -210,7 +218,8 @@ impl Session {
             options.cache =
                 mode.map_err(|_| self.complain(&format!("Invalid cache option: {name}")))?;
         }
-        driver_options(&words.all('o'), &mut options).map_err(|e| self.complain(&e))?;
+        driver_options(&words.all('o'), &self.secrets, &mut options)
+            .map_err(|e| self.complain(&e))?;
         options.write |= words.has('w');
         let anew = (options.write && !open.options.write)
             || options.cache.is_direct() != open.options.cache.is_direct();

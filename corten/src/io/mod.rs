@@ -19,9 +19,11 @@ use std::time::Duration;
 
 use block::executor::{block_on, sleep};
 use image_formats::External;
+use image_formats::luks::Secret;
 
 use crate::img::args::{self, Spec, flag, value};
 use crate::img::output::{put, say};
+use crate::img::secrets;
 use commands::COMMANDS;
 use image::Open;
 use words::Words;
@@ -58,7 +60,8 @@ const HELP: &str = "Reads, writes and looks at an image. Usage:
   -d, --discard MODE       ignore or unmap
   -i, --aio MODE           threads, native or io_uring (the best that there is is taken)
   -U, --force-share        do not lock the image
-      --image-opts         FILE is a list of options: driver=FORMAT,file.filename=NAME
+      --image-opts         FILE is a list of options: driver=FORMAT,file.filename=NAME,encrypt.key-secret=ID
+      --object secret,id=ID,file=FILE    a password (or data=TEXT in place of file=)
   -m, -k, -T               accepted, and without effect
 
 'corten io -c help' lists the commands.";
@@ -87,6 +90,8 @@ fn usage(name: &str) -> Failed {
 struct Session {
     program: &'static str,
     compatible: bool,
+    /// Passwords, by their ids.
+    secrets: Vec<(String, Secret)>,
     image: Option<Open>,
     ended: bool,
 }
@@ -116,9 +121,17 @@ pub(crate) fn main(arguments: &[String], compatible: bool) -> ExitCode {
         eprintln!("{HELP}");
         return ExitCode::FAILURE;
     }
+    let secrets = match secrets::objects(&parsed.all(&['2'])) {
+        Ok(secrets) => secrets,
+        Err(failure) => {
+            eprintln!("{program}: {}", failure.text());
+            return ExitCode::FAILURE;
+        }
+    };
     let mut session = Session {
         program,
         compatible,
+        secrets,
         image: None,
         ended: false,
     };
@@ -190,7 +203,7 @@ impl Session {
         if !parsed.has('1') {
             return self.open(name, options).await;
         }
-        let file = image::driver_options(&[('o', name)], &mut options);
+        let file = image::driver_options(&[('o', name)], &self.secrets, &mut options);
         match file.map_err(|e| self.complain(&e))? {
             Some(file) => self.open(&file, options).await,
             None => Err(self.complain("--image-opts: expected file.filename=NAME")),

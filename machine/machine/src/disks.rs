@@ -8,11 +8,12 @@ use block::executor::{EngineKind, IoThread};
 use block::{
     BlockError, CacheMode, DetectZeroes, Disk, DiskOptions, ThrottleGroup, ThrottleLimits,
 };
+use image_formats::luks::Secret;
 use image_formats::{External, ImageOptions, open_image};
 use parking_lot::Mutex;
 use qmp::{DiskReport, IoStatus};
 use virtio::blk::{Blk, BlkHandle, BlkOptions, ErrorAction, ErrorPolicy, IoFailure};
-use vm_spec::{Aio, Discard, DiskSpec};
+use vm_spec::{Aio, Discard, DiskSpec, SecretSpec};
 
 use crate::MachineError;
 use crate::lifecycle::{Lifecycle, Request};
@@ -51,7 +52,11 @@ fn policy(policy: vm_spec::ErrorPolicy) -> ErrorPolicy {
 }
 
 /// Opens a disk on the thread that will serve it.
-async fn open(spec: DiskSpec, throttle: Arc<ThrottleGroup>) -> block::Result<Disk> {
+async fn open(
+    spec: DiskSpec,
+    secret: Option<Secret>,
+    throttle: Arc<ThrottleGroup>,
+) -> block::Result<Disk> {
     let options = options(&spec);
     let image = ImageOptions {
         format: spec.format.map(|format| format.as_str().to_owned()),
@@ -61,6 +66,7 @@ async fn open(spec: DiskSpec, throttle: Arc<ThrottleGroup>) -> block::Result<Dis
         detect_zeroes: options.detect_zeroes,
         external: External::Follow,
         snapshot: spec.snapshot,
+        secret,
         ..ImageOptions::default()
     };
     let name = spec.path.to_string_lossy();
@@ -87,9 +93,31 @@ struct Controlled {
 pub(crate) struct Disks {
     disks: Vec<Arc<Controlled>>,
     groups: Arc<Mutex<BTreeMap<String, Arc<ThrottleGroup>>>>,
+    /// Files with passwords, by the ids that disks name.
+    secrets: Vec<SecretSpec>,
 }
 
 impl Disks {
+    /// No disk yet, and the passwords that there are.
+    pub(crate) fn new(secrets: &[SecretSpec]) -> Self {
+        Self {
+            secrets: secrets.to_vec(),
+            ..Self::default()
+        }
+    }
+
+    /// The password that a disk names.
+    fn secret(&self, spec: &DiskSpec) -> Result<Option<Secret>, MachineError> {
+        let Some(id) = &spec.key_secret else {
+            return Ok(None);
+        };
+        let Some(secret) = self.secrets.iter().find(|secret| secret.id == *id) else {
+            let text = format!("--disk: key-secret={id}: there is no secret with that id");
+            return Err(MachineError::Spec(text));
+        };
+        Ok(Some(Secret::read(&secret.file)?))
+    }
+
     /// The group of this name, made when there is none yet.
     fn group(&self, name: &str) -> Arc<ThrottleGroup> {
         let mut groups = self.groups.lock();
@@ -114,7 +142,8 @@ impl Disks {
         if !spec.throttle.limits.is_unlimited() {
             group.set_limits(spec.throttle.limits);
         }
-        let (device, handle) = virtio_disk(spec, number, cpus, group.clone())?;
+        let secret = self.secret(spec)?;
+        let (device, handle) = virtio_disk(spec, number, cpus, secret, group.clone())?;
         let disk = Arc::new(Controlled {
             name: name.clone(),
             spec: spec.clone(),
@@ -211,6 +240,7 @@ fn virtio_disk(
     spec: &DiskSpec,
     number: usize,
     cpus: u32,
+    secret: Option<Secret>,
     throttle: Arc<ThrottleGroup>,
 ) -> Result<(Blk, BlkHandle), MachineError> {
     let engine = match spec.aio {
@@ -231,5 +261,7 @@ fn virtio_disk(
         ..BlkOptions::default()
     };
     let spec = spec.clone();
-    Ok(Blk::new(thread, options, move || open(spec, throttle))?)
+    Ok(Blk::new(thread, options, move || {
+        open(spec, secret, throttle)
+    })?)
 }

@@ -58,6 +58,8 @@ named! {
         Cloop = "cloop",
         /// Apple's disk image; read alone.
         Dmg = "dmg",
+        /// A LUKS1 volume.
+        Luks = "luks",
     }
 }
 
@@ -173,13 +175,16 @@ pub struct DiskSpec {
     pub rerror: ErrorPolicy,
     /// What to do when the host can't write.
     pub werror: ErrorPolicy,
+    /// The id of the secret that is its password.
+    #[serde(default)]
+    pub key_secret: Option<String>,
     /// Limits on its rate.
     #[serde(default)]
     pub throttle: ThrottleSpec,
 }
 
 const KEYS: &str = "file, format, readonly, cache, aio, discard, detect-zeroes, bus, serial, \
-                    snapshot, logical_block_size, queues, packed, id, rerror, werror";
+                    snapshot, logical_block_size, queues, packed, id, rerror, werror, key-secret, encrypt.key-secret";
 
 /// A name as QEMU takes them for IDs.
 fn identifier(text: &str) -> Option<String> {
@@ -208,6 +213,7 @@ impl DiskSpec {
             packed: true,
             rerror: ErrorPolicy::Report,
             werror: ErrorPolicy::Enospc,
+            key_secret: None,
             throttle: ThrottleSpec::default(),
         }
     }
@@ -275,6 +281,10 @@ impl DiskSpec {
         if let Some(policy) = o.take_parsed("werror", ErrorPolicy::NAMES, ErrorPolicy::parse)? {
             disk.werror = policy;
         }
+        disk.key_secret = match o.take("encrypt.key-secret")? {
+            Some(id) => Some(id),
+            None => o.take("key-secret")?,
+        };
         disk.throttle = ThrottleSpec::take(&mut o)?;
         o.finish(&format!("{KEYS}, {}", throttle::KEYS))?;
         Ok(disk)
@@ -311,7 +321,7 @@ mod tests {
         let error = |text| DiskSpec::parse("--disk", text).unwrap_err().to_string();
         assert_eq!(
             error("x,format=bmp"),
-            "--disk: format=bmp: expected raw, qcow2, vpc, vhdx, vmdk, vdi, qed, parallels, bochs, cloop, dmg"
+            "--disk: format=bmp: expected raw, qcow2, vpc, vhdx, vmdk, vdi, qed, parallels, bochs, cloop, dmg, luks"
         );
         assert!(error("x,cash=none").contains("unknown key 'cash'"));
         assert_eq!(error(",format=raw"), "--disk: expected an image file first");

@@ -20,5 +20,5 @@ pub use disk::{Aio, CacheMode, DetectZeroes, Discard, DiskBus, DiskFormat, DiskS
 pub use net::{Forward, MacAddress, NetLink, NetSpec, Protocol, TapLink, UserLink};
 pub use options::{OptionError, Options};
 pub use size::{format_size, parse_size};
-pub use spec::{BalloonSpec, KernelSpec, MachineType, MemorySpec, VmSpec, VsockSpec};
+pub use spec::{BalloonSpec, KernelSpec, MachineType, MemorySpec, SecretSpec, VmSpec, VsockSpec};
 pub use throttle::ThrottleSpec;

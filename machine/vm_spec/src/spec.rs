@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::disk::named;
-use crate::{AccelChoice, CharSpec, CpuSpec, DiskSpec, NetSpec, SoftSpec};
+use crate::{AccelChoice, CharSpec, CpuSpec, DiskSpec, NetSpec, OptionError, Options, SoftSpec};
 
 named! {
     /// The board.
@@ -59,6 +59,42 @@ pub struct VsockSpec {
     pub path: PathBuf,
 }
 
+/// A password of encrypted disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretSpec {
+    /// What disks call it.
+    pub id: String,
+    /// The file that holds it, as it is: a line's end counts too.
+    pub file: PathBuf,
+}
+
+impl SecretSpec {
+    /// Reads `secret,id=ID,file=FILE`.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub fn parse(option: &str, text: &str) -> Result<Self, OptionError> {
+        let (kind, mut o) = Options::parse_with_first(option, text, "secret")?;
+        if kind != "secret" {
+            return Err(o.error(format!("'{kind}': expected secret,id=ID,file=FILE")));
+        }
+        // What it holds is not shown.
+        if o.take("data").is_ok_and(|data| data.is_some()) {
+            return Err(
+                o.error("data= shows the password to everybody on the host: expected file=FILE")
+            );
+        }
+        let (id, file) = (o.take("id")?, o.take("file")?);
+        let (Some(id), Some(file)) = (id, file) else {
+            return Err(o.error("expected secret,id=ID,file=FILE"));
+        };
+        o.take_parsed("format", "raw", |format| (format == "raw").then_some(()))?;
+        o.finish("id, file, format")?;
+        let file = file.into();
+        Ok(Self { id, file })
+    }
+}
+
 /// Version of the spec's own format.
 const FORMAT: u32 = 1;
 
@@ -87,6 +123,9 @@ pub struct VmSpec {
     pub memory: MemorySpec,
     /// Kernel booted directly.
     pub kernel: Option<KernelSpec>,
+    /// Passwords of disks.
+    #[serde(default)]
+    pub secrets: Vec<SecretSpec>,
     /// Disks, in the guest's order.
     pub disks: Vec<DiskSpec>,
     /// Network cards, in the guest's order.
@@ -126,6 +165,7 @@ impl VmSpec {
                 mergeable: false,
             },
             kernel: None,
+            secrets: Vec::new(),
             disks: Vec::new(),
             nets: Vec::new(),
             serials: Vec::new(),

@@ -54,6 +54,7 @@ impl Peripherals<'_> {
             let backend = chars::open("--debugcon", console, self.lifecycle)?;
             self.board.add_debug_console(backend)?;
         }
+        self.controls.disks = Disks::new(&spec.secrets);
         for (number, disk) in spec.disks.iter().enumerate() {
             let disks = &mut self.controls.disks;
             let (name, device) = disks.add(disk, number, spec.cpus, self.lifecycle)?;

@@ -15,6 +15,8 @@ pub(crate) use encryption::Encryption;
 
 use std::cell::Cell;
 use std::fmt;
+use std::io::Read;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -27,6 +29,8 @@ use crate::details::{Compression, Description, ImageFormat, no_compression};
 use crate::qcow2::{CheckReport, Repair};
 use header::SECTOR;
 
+/// A password is no longer than this, in bytes.
+const MAX_SECRET: u64 = 1 << 20;
 /// What is encrypted in one piece of memory.
 const PIECE: usize = 1 << 20;
 
@@ -38,6 +42,24 @@ impl Secret {
     /// These bytes as a password.
     pub fn new(bytes: &[u8]) -> Self {
         Self(bytes.into())
+    }
+
+    /// What the file `path` holds, as it is: a line's end counts too.
+    ///
+    /// # Errors
+    ///
+    /// What the host reports, and `InvalidArgument` for a file of more than 1 MiB.
+    pub fn read(path: &Path) -> Result<Self> {
+        let failed = |e| BlockError::io(format!("Unable to read {}", path.display()), e);
+        let mut bytes = Vec::new();
+        let opened = std::fs::File::open(path).map_err(failed)?;
+        let mut limited = opened.take(MAX_SECRET + 1);
+        limited.read_to_end(&mut bytes).map_err(failed)?;
+        if bytes.len() as u64 > MAX_SECRET {
+            let message = format!("{}: a secret has at most 1 MiB", path.display());
+            return Err(BlockError::invalid_argument(message));
+        }
+        Ok(Self::new(&bytes))
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
