@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use block::executor::{Listener, Socket, block_on, spawn_local};
 use block::sync::WaitQueue;
-use block::{BlockError, CacheMode, DetectZeroes, Disk, DiskOptions, IoBuf};
+use block::{BlockError, CacheMode, DetectZeroes, DirtyBitmap, Disk, DiskOptions, IoBuf};
 use image_formats::{External, ImageOptions, open_image};
 use nbd::client::{Listed, list};
 use nbd::protocol::TransmissionFlags;
@@ -68,6 +68,7 @@ const HELP: &str = "Serves an image over the NBD protocol. Usage:
   -x, --export-name NAME   the export's name (empty)
   -D, --description TEXT   a description for people
   -o, --offset BYTES       export from this byte of the image on
+  -B, --bitmap NAME        offer qemu:dirty-bitmap:NAME of a bitmap that the image has
   -A, --allocation-depth   offer qemu:allocation-depth
   -f, --format FORMAT      the image's format
   -r, --read-only          refuse writes
@@ -121,9 +122,6 @@ fn run(arguments: &[String], program: &str, compatible: bool) -> Result<(), Fail
             env!("CARGO_PKG_VERSION")
         ));
         return Ok(());
-    }
-    if parsed.has('B') {
-        return Err(plain("--bitmap is not supported yet"));
     }
     take_secrets(&mut parsed)?;
     if parsed.has('L') {
@@ -326,7 +324,12 @@ fn show(export: &Listed) {
     }
 }
 
-async fn open(parsed: &Parsed, file: &str, compatible: bool) -> Result<Rc<Disk>, Failure> {
+/// Opens the image, and those of its bitmaps that are to be offered.
+async fn open(
+    parsed: &Parsed,
+    file: &str,
+    compatible: bool,
+) -> Result<(Rc<Disk>, Vec<Rc<DirtyBitmap>>), Failure> {
     let cache = if parsed.has('n') {
         "none"
     } else {
@@ -389,7 +392,14 @@ async fn open(parsed: &Parsed, file: &str, compatible: bool) -> Result<Rc<Disk>,
         read_only,
         ..DiskOptions::default()
     };
-    Ok(Rc::new(Disk::new(image.backend, policies)))
+    let mut bitmaps = Vec::new();
+    for (_, name) in parsed.all(&['B']) {
+        let Some(qcow2) = &image.qcow2 else {
+            return Err(plain(format!("Bitmap '{name}' is not found")));
+        };
+        bitmaps.push(qcow2.bitmap(name).await?);
+    }
+    Ok((Rc::new(Disk::new(image.backend, policies)), bitmaps))
 }
 
 /// The clients of a server.
@@ -411,7 +421,7 @@ async fn serve(parsed: &Parsed, file: &str, compatible: bool) -> Result<(), Fail
         None => 0,
         Some(text) => args::size(text).ok_or_else(|| plain(format!("Invalid offset '{text}'")))?,
     };
-    let disk = open(parsed, file, compatible).await?;
+    let (disk, bitmaps) = open(parsed, file, compatible).await?;
     let name = parsed.get('x').unwrap_or("");
     let mut export = Export::new(name, disk.clone(), offset, shared != 1)?;
     if let Some(text) = parsed.get('D') {
@@ -419,6 +429,9 @@ async fn serve(parsed: &Parsed, file: &str, compatible: bool) -> Result<(), Fail
     }
     if parsed.has('A') {
         export = export.with_allocation_depth();
+    }
+    for bitmap in bitmaps {
+        export = export.with_bitmap(bitmap);
     }
     let server = Server::new(vec![Rc::new(export)], tls);
     let (descriptor, socket) = listen(parsed)?;

@@ -12,7 +12,7 @@ use super::args::{flag, key_values, size, value};
 use super::create::{ImageSpec, look_at_backing};
 use super::output::{Progress, say};
 use super::verify::{self, Manifest};
-use super::{Failure, Outcome, Tool, as_disk, cache, open};
+use super::{Failure, Outcome, Tool, as_disk, bitmap, cache, open};
 
 /// The snapshot that `-l` means: `snapshot.name=x`, `snapshot.id=x`, or either of them alone.
 pub(crate) fn snapshot_name(text: &str) -> &str {
@@ -45,6 +45,8 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         flag('A', "salvage"),
         flag('K', "checksum"),
         flag('R', "resume"),
+        flag('M', "bitmaps"),
+        flag('N', "skip-broken-bitmaps"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let [sources @ .., target] = &parsed.names[..] else {
@@ -67,6 +69,23 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     if parsed.has('Z') && create {
         return Err(Failure::plain("--target-is-zero requires use of -n flag"));
     }
+    let with_bitmaps = parsed.has('M');
+    if with_bitmaps && sources.len() != 1 {
+        return Err(Failure::plain(
+            "Copying bitmaps only possible with single source",
+        ));
+    }
+    if parsed.has('N') && !with_bitmaps {
+        return Err(Failure::plain(
+            "Use of --skip-broken-bitmaps requires --bitmaps",
+        ));
+    }
+    if with_bitmaps && format != "qcow2" {
+        return Err(Failure::plain(format!(
+            "Format driver '{format}' does not support bitmaps"
+        )));
+    }
+    let mut bitmaps = None;
     let mut disks = Vec::new();
     for name in sources {
         let options = ImageOptions {
@@ -76,6 +95,10 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
             ..tool.options(&parsed)
         };
         let (disk, image) = open(name, &options).await?;
+        if with_bitmaps {
+            let list = bitmap::to_copy(&image, parsed.has('N'))?;
+            bitmaps = Some((image.clone(), list));
+        }
         if let Some(which) = parsed.get('l') {
             let Some(qcow2) = &image.qcow2 else {
                 return Err(Failure::plain(
@@ -175,6 +198,9 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     for source in &disks {
         copy::copy(source, &disk, &image, shift, options, &progress.callback()).await?;
         shift += source.size();
+    }
+    if let Some((source, list)) = &bitmaps {
+        bitmap::copy(source, &image, list).await?;
     }
     disk.close().await?;
     progress.finish();

@@ -352,6 +352,7 @@ pub(crate) fn as_json(properties: &[Property]) -> serde_json::Value {
         Value::Bool(b) => json!(b),
         Value::Number(n) => json!(n),
         Value::Text(t) => json!(t),
+        Value::Texts(list) => json!(list),
         Value::Group(group) => as_json(group),
         Value::List(items) => items.iter().map(|item| as_json(item)).collect(),
     };
@@ -372,6 +373,11 @@ pub(crate) fn as_lines(properties: &[Property], depth: usize) -> Vec<String> {
             Value::Bool(b) => lines.push(format!("{indent}{label}: {b}")),
             Value::Number(n) => lines.push(format!("{indent}{label}: {n}")),
             Value::Text(t) => lines.push(format!("{indent}{label}: {t}")),
+            Value::Texts(list) => {
+                lines.push(format!("{indent}{label}:"));
+                let line = |(n, text)| format!("{indent}    [{n}]: {text}");
+                lines.extend(list.iter().enumerate().map(line));
+            }
             Value::Group(group) => {
                 lines.push(format!("{indent}{label}:"));
                 lines.extend(as_lines(group, depth + 1));

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{flag, value};
 use super::output::{self, human_size, say};
-use super::{Failure, Outcome, Tool, formats, snapshot};
+use super::{Failure, Outcome, Tool, bitmap, formats, snapshot};
 
 /// What is known of one layer.
 struct Layer {
@@ -142,7 +142,12 @@ pub(crate) fn qcow2_properties(qcow2: &Qcow2) -> Vec<Property> {
     }
     let lazy = header.compatible.contains(Compatible::LAZY_REFCOUNTS);
     let corrupt = header.incompatible.contains(Incompatible::CORRUPT);
-    list.extend([truth("lazy refcounts", "lazy-refcounts", lazy), refcounts]);
+    list.push(truth("lazy refcounts", "lazy-refcounts", lazy));
+    let bitmaps = bitmap::properties(&qcow2.bitmaps());
+    if !bitmaps.is_empty() {
+        list.push(of("bitmaps", "bitmaps", PropertyValue::List(bitmaps)));
+    }
+    list.push(refcounts);
     list.extend(encryption);
     if let Some(data) = &header.data_file {
         let raw = header.autoclear.contains(Autoclear::RAW_DATA_FILE);

@@ -8,6 +8,7 @@
 )]
 
 pub(crate) mod args;
+mod bitmap;
 mod check;
 pub(crate) mod convert;
 pub(crate) mod create;
@@ -95,9 +96,10 @@ pub(crate) struct Tool {
     compatible: bool,
 }
 
-const VERBS: [(&str, &str); 15] = [
+const VERBS: [(&str, &str); 16] = [
     ("amend", "Update format-specific options of the image"),
     ("bench", "Run simple image benchmark"),
+    ("bitmap", "Modify or create persistent bitmaps of the image"),
     ("check", "Check basic image integrity"),
     ("commit", "Commit image to its backing file"),
     ("compare", "Check if two images have the same contents"),
@@ -180,6 +182,7 @@ async fn run(tool: Tool, verb: &str, rest: &[String]) -> Outcome {
     match verb {
         "amend" => create::amend(tool, rest).await,
         "bench" => sizes::bench(tool, rest).await,
+        "bitmap" => bitmap::bitmap(tool, rest).await,
         "check" => check::check(tool, rest).await,
         "commit" => layers::commit(tool, rest).await,
         "compare" => convert::compare(tool, rest).await,

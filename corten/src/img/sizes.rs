@@ -11,7 +11,7 @@ use serde_json::json;
 use super::args::{flag, key_values, size, value};
 use super::create::{ImageSpec, preallocation};
 use super::output::{self, say};
-use super::{Failure, Outcome, Tool, cache, open};
+use super::{Failure, Outcome, Tool, bitmap, cache, open};
 
 /// What a raw image, which has no metadata, says.
 const NO_METADATA: &str = "Unsupported preallocation mode 'metadata'";
@@ -159,7 +159,7 @@ pub(crate) async fn measure(tool: Tool, rest: &[String]) -> Outcome {
         None => None,
     };
     let mut data = 0;
-    let mut has_bitmaps = false;
+    let mut bitmaps = None;
     let pairs = key_values(&parsed.all(&['o']));
     let (total, extents) = match (given, &parsed.names[..]) {
         (Some(total), []) => (total, Vec::new()),
@@ -175,10 +175,8 @@ pub(crate) async fn measure(tool: Tool, rest: &[String]) -> Outcome {
                     .view_snapshot(super::convert::snapshot_name(which))
                     .await?;
             }
-            has_bitmaps = image
-                .qcow2
-                .as_ref()
-                .is_some_and(|q| q.header().version >= 3);
+            let qcow2 = image.qcow2.as_ref().filter(|q| q.header().version >= 3);
+            bitmaps = qcow2.map(|qcow2| qcow2.bitmaps());
             let mut extents = Vec::new();
             let mut offset = 0;
             while offset < disk.size() {
@@ -236,11 +234,12 @@ pub(crate) async fn measure(tool: Tool, rest: &[String]) -> Outcome {
     } else {
         (total.next_multiple_of(512), total.next_multiple_of(512))
     };
-    let has_bitmaps = has_bitmaps && format == "qcow2";
+    let bitmaps = bitmaps.filter(|_| format == "qcow2");
+    let bitmaps = bitmaps.map(|list| bitmap::measure(&list, total, spec.qcow2.cluster_size));
     if json {
         let mut object = serde_json::Map::new();
-        if has_bitmaps {
-            object.insert("bitmaps".into(), json!(0));
+        if let Some(size) = bitmaps {
+            object.insert("bitmaps".into(), json!(size));
         }
         object.insert("required".into(), json!(required));
         object.insert("fully-allocated".into(), json!(full));
@@ -248,8 +247,8 @@ pub(crate) async fn measure(tool: Tool, rest: &[String]) -> Outcome {
     } else {
         say(format!("required size: {required}"));
         say(format!("fully allocated size: {full}"));
-        if has_bitmaps {
-            say("bitmaps size: 0");
+        if let Some(size) = bitmaps {
+            say(format!("bitmaps size: {size}"));
         }
     }
     Ok(())

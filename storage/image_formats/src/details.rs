@@ -24,6 +24,8 @@ pub enum Value {
     Number(i64),
     /// A text.
     Text(String),
+    /// Several texts.
+    Texts(Vec<String>),
     /// Several things with properties of their own.
     List(Vec<Vec<Property>>),
     /// Properties that belong together.

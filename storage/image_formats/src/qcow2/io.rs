@@ -105,6 +105,7 @@ impl Qcow2 {
     }
 
     pub(crate) async fn write_guest(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        self.record(offset, buf.len() as u64);
         let mut done = 0;
         while done < buf.len() as u64 {
             let at = offset + done;
@@ -386,6 +387,7 @@ impl Qcow2 {
         offset: u64,
         compressed: &[u8],
     ) -> Result<()> {
+        self.record(offset, self.geometry.cluster_size());
         let _held = self.ranges.lock(offset, self.geometry.cluster_size()).await;
         self.own_l2_table(offset).await?;
         let old = self.mapping(offset).await?;
@@ -427,6 +429,7 @@ impl Qcow2 {
         length: u64,
         change: ClusterChange,
     ) -> Result<()> {
+        self.record(offset, length);
         let size = self.geometry.cluster_size();
         let end = offset + length;
         let mut at = offset;

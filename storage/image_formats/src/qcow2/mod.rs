@@ -4,6 +4,7 @@
 //! has the one order in which metadata reaches the medium; `tables` maps clusters; `io` serves requests.
 
 mod allocator;
+mod bitmap;
 mod cache;
 pub mod check;
 mod compress;
@@ -17,6 +18,7 @@ mod snapshot;
 mod sync;
 mod tables;
 
+pub use bitmap::BitmapInfo;
 pub use check::{CheckReport, Repair};
 pub use compress::ClusterCompressor;
 pub use create::{CreateOptions, Preallocation, create};
@@ -95,6 +97,11 @@ pub struct Qcow2 {
     /// Clusters (by number) with one reference less once the medium has forgotten it.
     to_free: RefCell<Vec<u64>>,
     snapshots: RefCell<Vec<Snapshot>>,
+    bitmaps: RefCell<Vec<bitmap::Stored>>,
+    /// Bitmaps have come or gone since the directory was written.
+    bitmaps_changed: Cell<bool>,
+    /// Places and lengths of what removed bitmaps took.
+    unused_bitmap_data: RefCell<Vec<(u64, u64)>>,
     /// The compressed cluster that was read last.
     decompressed: RefCell<Option<(u64, Rc<Vec<u8>>)>>,
     // Who may do what at once.
@@ -171,6 +178,12 @@ impl Qcow2 {
         let table = read_table(&*medium, header.refcount_table_offset, entries).await?;
         let snapshots = snapshot::read_all(&*medium, &header).await;
         let snapshots = snapshots.map_err(|e| e.context(format!("'{name}'")))?;
+        let bitmaps = match bitmap::read_directory(&*medium, &header).await {
+            Ok(bitmaps) => bitmaps,
+            // The check says what is wrong.
+            Err(_) if options.for_check => Vec::new(),
+            Err(error) => return Err(error.context(format!("'{name}'"))),
+        };
         let slices = options.l2_cache / tables::SLICE_SIZE.min(geometry.cluster_size());
         let blocks = options.refcount_cache >> geometry.cluster_bits;
         let image = Self {
@@ -190,6 +203,9 @@ impl Qcow2 {
             refcounts: Refcounts::new(table, blocks as usize),
             to_free: RefCell::default(),
             snapshots: RefCell::new(snapshots),
+            bitmaps: RefCell::new(bitmaps),
+            bitmaps_changed: Cell::new(false),
+            unused_bitmap_data: RefCell::default(),
             decompressed: RefCell::default(),
             ranges: RangeLocks::default(),
             allocating: RangeLocks::default(),
@@ -234,12 +250,16 @@ impl Qcow2 {
             *self.header.borrow_mut() = header;
             self.write_header_fields().await?;
         }
-        let kept = self.header.borrow().autoclear & Autoclear::RAW_DATA_FILE;
-        if self.header.borrow().autoclear != kept {
+        let known = Autoclear::RAW_DATA_FILE | Autoclear::BITMAPS;
+        let kept = self.header.borrow().autoclear & known;
+        if bitmap::drop_stale(&mut self.header.borrow_mut()) {
+            self.header.borrow_mut().autoclear = kept;
+            self.write_header().await?;
+        } else if self.header.borrow().autoclear != kept {
             self.header.borrow_mut().autoclear = kept;
             self.write_header_fields().await?;
         }
-        Ok(())
+        self.begin_recording().await
     }
 
     /// The header as it is now.
@@ -340,6 +360,7 @@ impl Qcow2 {
         if !self.writable {
             return Ok(());
         }
+        self.store_bitmaps().await?;
         self.sync_all().await?;
         if self
             .header

@@ -17,6 +17,7 @@ impl Qcow2 {
             let message = "a version 2 image with snapshots cannot change its size";
             return Err(BlockError::unsupported(message));
         }
+        self.resize_bitmaps(size).await?;
         let old = self.size.get();
         if size < old {
             self.drop_end(size, old).await?;

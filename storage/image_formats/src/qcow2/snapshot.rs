@@ -258,6 +258,10 @@ impl Qcow2 {
     pub async fn apply_snapshot(&self, which: &str) -> Result<()> {
         let _held = self.ranges.lock(0, u64::MAX).await;
         let snapshot = self.find_snapshot(which).ok_or_else(|| not_found(which))?;
+        if !self.bitmaps().is_empty() {
+            // They would have to say what changes by it.
+            return Err(BlockError::unsupported("Device has active dirty bitmaps"));
+        }
         self.sync_all().await?;
         let entries = snapshot.l1_size as usize;
         let mut l1 = read_table(&*self.medium, snapshot.l1_offset, entries).await?;
