@@ -5,8 +5,8 @@ mod support;
 
 use std::rc::Rc;
 
-use block::{Medium, MemoryMedium, executor};
-use image_formats::qcow2::{CreateOptions, Repair};
+use block::{BlockBackend, Medium, MemoryMedium, executor};
+use image_formats::qcow2::{CreateOptions, Qcow2, Repair};
 use proptest::prelude::*;
 use support::recorder::{Cut, Recorder, Story};
 use support::{Model, Op, disk, read_all, reopen, run_op};
@@ -26,6 +26,7 @@ async fn verify(cut: Cut<'_>) {
     );
     let seen = read_all(&disk(&opened)).await;
     cut.check_content(&seen);
+    check_bitmap(&opened, &seen, what).await;
     if report.leaks + report.corruptions > 0 {
         let report = opened.check(Repair::All).await.unwrap();
         assert_eq!(
@@ -41,14 +42,40 @@ async fn verify(cut: Cut<'_>) {
     }
 }
 
+/// The bitmap was added when all of the disk was zero. If it can be trusted, it knows all that is not.
+async fn check_bitmap(image: &Qcow2, seen: &[u8], what: &str) {
+    let Some(info) = image.bitmaps().pop() else {
+        return;
+    };
+    if info.in_use {
+        assert!(image.bitmap(BITMAP).await.is_err(), "{what}");
+        return;
+    }
+    let bitmap = image.bitmap(BITMAP).await.unwrap();
+    for (n, sector) in seen.chunks(512).enumerate() {
+        let written = sector.iter().any(|byte| *byte != 0);
+        assert!(
+            !written || bitmap.is_dirty(n as u64 * 512),
+            "{what}: the bitmap does not know of sector {n}"
+        );
+    }
+}
+
+const BITMAP: &str = "since the beginning";
+
 /// Returns the number of crash points that were tried.
-fn run(options: &CreateOptions, ops: &[Op], seed: u64) -> usize {
+fn run(options: &CreateOptions, with_bitmap: bool, ops: &[Op], seed: u64) -> usize {
     executor::block_on(async {
         let recorder = Rc::new(Recorder::default());
         let medium: Rc<dyn Medium> = recorder.clone();
         image_formats::qcow2::create(&medium, &block::Refusing, options)
             .await
             .unwrap();
+        if with_bitmap {
+            let image = reopen(&medium).await;
+            image.add_bitmap(BITMAP, Some(512), true).unwrap();
+            image.close().await.unwrap();
+        }
         let mut model = Model::new(vec![0; options.size as usize]);
         let mut story = Story::new(recorder.clone(), model.bytes.clone());
         let mut image = reopen(&medium).await;
@@ -96,6 +123,7 @@ proptest! {
         refcount in 3u32..=6,
         lazy: bool,
         extended: bool,
+        with_bitmap: bool,
         ops in small_ops(SMALL),
         seed: u64,
     ) {
@@ -107,7 +135,7 @@ proptest! {
             extended_l2: extended && bits >= 14,
             ..CreateOptions::default()
         };
-        let points = run(&options, &ops, seed);
+        let points = run(&options, with_bitmap, &ops, seed);
         prop_assert!(points >= 3);
         println!("{points} power cuts, seed {seed}");
     }

@@ -482,6 +482,12 @@ fn set_bitmaps(header: &mut Header, place: Option<BitmapsExtension>) {
         data.extend(place.directory_offset.to_be_bytes());
         let kind = extension::BITMAPS;
         header.extensions.insert(0, Extension { kind, data });
+        // A small cluster has no room for the names of features, which are for messages alone.
+        if header.encode().is_err() {
+            header
+                .extensions
+                .retain(|e| e.kind != extension::FEATURE_NAMES);
+        }
     }
 }
 
