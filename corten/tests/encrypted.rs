@@ -231,3 +231,132 @@ fn passwords_are_not_shown() {
         assert!(!shown, "{text}");
     }
 }
+
+/// How many places for passwords are taken.
+fn active(folder: &Path, name: &str) -> usize {
+    let (code, text) = run(OURS, folder, &["info", name]).unwrap();
+    assert_eq!(code, 0, "{text}");
+    text.matches("active: true").count()
+}
+
+#[test]
+fn passwords_are_changed_as_qemu_img_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for (format, prefix) in FORMATS {
+        let start = if format == "qcow2" {
+            "encrypt.format=luks,"
+        } else {
+            ""
+        };
+        let options = format!("{start}{prefix}key-secret=s0,{prefix}iter-time=10");
+        let objects: Vec<String> = (0..3)
+            .flat_map(|n| ["--object".to_owned(), format!("secret,id=s{n},data=pw{n}")])
+            .collect();
+        let objects: Vec<&str> = objects.iter().map(String::as_str).collect();
+        let create = [
+            &["create", "-q", "-f", format, "-o", &options],
+            &objects[..],
+            &["a", "1M"],
+        ]
+        .concat();
+        assert_eq!(run(OURS, folder, &create).unwrap().0, 0);
+        let amend = |program: &str, key: &str, words: &str| {
+            let image = format!("driver={format},{prefix}key-secret={key},file.filename=a");
+            let words: Vec<String> = words
+                .split(',')
+                .map(|word| format!("{prefix}{word}"))
+                .collect();
+            let words = words.join(",");
+            let end = ["--image-opts", &image, "-o", &words];
+            run(
+                program,
+                folder,
+                &[&["amend"], &objects[..], &end[..]].concat(),
+            )
+        };
+        let opens = |program: &str, key: &str| {
+            let image = format!("driver={format},{prefix}key-secret={key},file.filename=a");
+            let read = ["convert", "--image-opts", &image, "-O", "raw", "o.raw"];
+            run(
+                program,
+                folder,
+                &[&read[..1], &objects[..], &read[1..]].concat(),
+            )
+            .unwrap()
+            .0 == 0
+        };
+        // Each adds and takes away what the other has made.
+        for (program, other, words, left) in [
+            (
+                OURS,
+                "qemu-img",
+                "state=active,new-secret=s1,iter-time=10",
+                2,
+            ),
+            (
+                OURS,
+                "qemu-img",
+                "state=active,new-secret=s2,keyslot=5,iter-time=10",
+                3,
+            ),
+            ("qemu-img", OURS, "state=inactive,keyslot=5", 2),
+            (
+                "qemu-img",
+                OURS,
+                "state=active,new-secret=s2,iter-time=10",
+                3,
+            ),
+            (OURS, "qemu-img", "state=inactive,old-secret=s2", 2),
+        ] {
+            let Some((code, text)) = amend(program, "s0", words) else {
+                return;
+            };
+            assert_eq!(code, 0, "{program} {words}: {text}");
+            assert_eq!(active(folder, "a"), left, "{words}");
+            for program in [program, other] {
+                assert!(opens(program, "s0") && opens(program, "s1"), "{words}");
+                assert_eq!(opens(program, "s2"), left == 3, "{words}");
+            }
+        }
+        for words in [
+            "state=active",
+            "state=active,new-secret=s2,old-secret=s1",
+            "state=active,new-secret=s2,keyslot=1",
+            "state=active,new-secret=s2,keyslot=8",
+            "state=inactive",
+            "state=inactive,keyslot=7",
+            "state=inactive,old-secret=s2",
+            "state=inactive,new-secret=s2,keyslot=1",
+        ] {
+            let (ours, theirs) = (
+                amend(OURS, "s0", words).unwrap(),
+                amend("qemu-img", "s0", words).unwrap(),
+            );
+            assert_eq!(
+                (ours.0, theirs.0),
+                (1, 1),
+                "{words}: {} {}",
+                ours.1,
+                theirs.1
+            );
+            let said = |text: &str| {
+                text.split_once(": ")
+                    .map_or("", |(_, text)| text)
+                    .trim()
+                    .to_owned()
+            };
+            assert_eq!(said(&ours.1), said(&theirs.1), "{words}");
+        }
+        assert_eq!(
+            amend(OURS, "s1", "state=inactive,old-secret=s0").unwrap().0,
+            0
+        );
+        assert!(!opens("qemu-img", "s0") && opens("qemu-img", "s1"));
+        for words in ["state=inactive,old-secret=s1", "state=inactive,keyslot=1"] {
+            let (code, text) = amend(OURS, "s1", words).unwrap();
+            assert!(code == 1 && text.contains("refusing operation"), "{text}");
+            assert_eq!(active(folder, "a"), 1);
+        }
+    }
+}

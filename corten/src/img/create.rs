@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use block::{BlockBackend, Medium};
-use image_formats::luks;
+use image_formats::luks::{self, KeyChange};
 use image_formats::qcow2::{self, Compatible, CompressionType, CreateOptions, Preallocation};
 use image_formats::{
     Image, ImageOptions, NewImage, Opener, create_file, open_image, probe, resolve_name,
@@ -530,17 +530,70 @@ pub(crate) async fn amend(tool: Tool, rest: &[String]) -> Outcome {
         ..tool.options(&parsed)
     };
     let image = open_image(name, &options).await?;
+    if let ("luks", Some(luks)) = (image.backend.format_name(), &image.format) {
+        let change = key_change(&parsed, &pairs, "")?;
+        luks.amend_keys(change).await?;
+        image.backend.close().await?;
+        return Ok(());
+    }
     let Some(qcow2) = image.qcow2 else {
         let format = image.backend.format_name();
         return Err(Failure::plain(format!(
             "Format driver '{format}' does not support option amendment"
         )));
     };
-    for (key, value) in &pairs {
+    let (of_keys, others): (Vec<_>, Vec<_>) = pairs
+        .into_iter()
+        .partition(|(key, _)| key.starts_with("encrypt."));
+    if !of_keys.is_empty() {
+        let change = key_change(&parsed, &of_keys, "encrypt.")?;
+        qcow2.amend_keys(&change).await?;
+    }
+    for (key, value) in &others {
         amend_one(&qcow2, key, value).await?;
     }
     qcow2.close().await?;
     Ok(())
+}
+
+/// What the options say of passwords.
+fn key_change(
+    parsed: &Parsed,
+    pairs: &[(String, String)],
+    prefix: &str,
+) -> Result<KeyChange, Failure> {
+    let mut state = None;
+    let mut change = KeyChange {
+        active: false,
+        slot: None,
+        new: None,
+        old: None,
+        iteration_time: luks::CreateOptions::default().iteration_time,
+        force: parsed.has('Z'),
+    };
+    for (key, text) in pairs {
+        let number = || {
+            let message = format!("Parameter '{key}' expects a number, not '{text}'");
+            text.parse().map_err(|_| Failure::plain(message))
+        };
+        match key.strip_prefix(prefix).unwrap_or(key) {
+            "format" if text == "luks" && !prefix.is_empty() => {}
+            "state" if text == "active" => state = Some(true),
+            "state" if text == "inactive" => state = Some(false),
+            "state" => return Err(Failure::plain(format!("Invalid parameter '{text}'"))),
+            "keyslot" => change.slot = Some(number()?),
+            "iter-time" => change.iteration_time = number()?,
+            "new-secret" => change.new = Some(secrets::find(&parsed.secrets, text)?),
+            "old-secret" => change.old = Some(secrets::find(&parsed.secrets, text)?),
+            _ => {
+                let message = format!("Invalid option '{key}': it cannot be amended");
+                return Err(Failure::plain(message));
+            }
+        }
+    }
+    let missing = || Failure::plain(format!("Parameter '{prefix}state' is missing"));
+    change.active = state.ok_or_else(missing)?;
+    Ok(change)
 }
 
 async fn amend_one(image: &qcow2::Qcow2, key: &str, text: &str) -> Outcome {

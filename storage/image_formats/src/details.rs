@@ -1,7 +1,8 @@
 //! What tools ask of an image beyond its disk.
 
-use block::{BlockFuture, Result};
+use block::{BlockError, BlockFuture, Result};
 
+use crate::luks::KeyChange;
 use crate::qcow2::{CheckReport, Repair};
 
 /// A property of an image, for people and for programs.
@@ -80,10 +81,15 @@ pub trait ImageFormat {
     ///
     /// `Unsupported` where [`Self::compression`] is `None`, or what the host reports.
     fn write_compressed(&self, offset: u64, data: Vec<u8>) -> BlockFuture<'_, ()>;
+
+    /// Changes passwords.
+    fn amend_keys(&self, _change: KeyChange) -> BlockFuture<'_, ()> {
+        Box::pin(async { Err(BlockError::unsupported("this format has no passwords")) })
+    }
 }
 
 /// The answer of formats that store nothing compressed.
 pub(crate) fn no_compression<'a>() -> BlockFuture<'a, ()> {
     let message = "this format stores nothing compressed";
-    Box::pin(async move { Result::Err(block::BlockError::unsupported(message)) })
+    Box::pin(async move { Result::Err(BlockError::unsupported(message)) })
 }

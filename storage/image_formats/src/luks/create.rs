@@ -93,7 +93,7 @@ pub fn measure(options: &CreateOptions) -> Result<(u64, u64)> {
 }
 
 /// Random bytes that nobody can guess.
-fn random(length: usize) -> Result<Vec<u8>> {
+pub(super) fn random(length: usize) -> Result<Vec<u8>> {
     let mut bytes = vec![0; length];
     let mut done = 0;
     while done < length {
@@ -106,7 +106,7 @@ fn random(length: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn random_salt() -> Result<[u8; 32]> {
+pub(super) fn random_salt() -> Result<[u8; 32]> {
     let bytes = random(32)?;
     let mut salt = [0; 32];
     salt.copy_from_slice(&bytes);
@@ -114,7 +114,7 @@ fn random_salt() -> Result<[u8; 32]> {
 }
 
 /// How many iterations take so many milliseconds.
-fn iterations(hash: Hash, key_bytes: usize, milliseconds: u64) -> u32 {
+pub(super) fn iterations(hash: Hash, key_bytes: usize, milliseconds: u64) -> u32 {
     let mut out = vec![0; key_bytes];
     let mut count: u32 = 1 << 10;
     loop {

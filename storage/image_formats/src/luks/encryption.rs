@@ -1,6 +1,8 @@
 //! A header with its places for passwords, and encrypting sectors with what it guards: what a volume and an encrypted qcow2 image
 //! have in common.
 
+use std::cell::RefCell;
+
 use block::executor::offload;
 use block::{BlockError, ErrorKind, IoBuf, Medium, Result};
 
@@ -12,9 +14,9 @@ use crate::details::{Property, Value, property};
 
 /// A header, and its key where a password has been given.
 pub(crate) struct Encryption {
-    header: Header,
-    /// `None` without a password.
-    cipher: Option<SectorCipher>,
+    header: RefCell<Header>,
+    /// The key and its cipher; `None` without a password.
+    unlocked: Option<(Vec<u8>, SectorCipher)>,
 }
 
 impl Encryption {
@@ -32,22 +34,44 @@ impl Encryption {
         let first = IoBuf::zeroed(HEADER_SIZE);
         medium.read(base, first.clone()).await?;
         let header = Header::parse(&first.to_vec())?;
-        let cipher = match secret {
+        let unlocked = match secret {
             Some(secret) => Some(unlock(medium, base, &header, secret).await?),
             None => None,
         };
-        Ok(Self { header, cipher })
+        Ok(Self {
+            header: RefCell::new(header),
+            unlocked,
+        })
     }
 
     /// Bytes from the header to where a volume's data begins.
     pub(crate) fn payload(&self) -> u64 {
-        u64::from(self.header.payload) * SECTOR
+        u64::from(self.header.borrow().payload) * SECTOR
+    }
+
+    /// The header as it is now.
+    pub(super) fn header(&self) -> Header {
+        self.header.borrow().clone()
+    }
+
+    /// Takes over a header that has been written.
+    pub(super) fn set_header(&self, header: Header) {
+        *self.header.borrow_mut() = header;
+    }
+
+    fn unlocked(&self) -> Result<&(Vec<u8>, SectorCipher)> {
+        self.unlocked.as_ref().ok_or_else(|| {
+            BlockError::invalid_argument("the image is encrypted, and no password was given")
+        })
     }
 
     fn cipher(&self) -> Result<&SectorCipher> {
-        self.cipher.as_ref().ok_or_else(|| {
-            BlockError::invalid_argument("the image is encrypted, and no password was given")
-        })
+        self.unlocked().map(|(_, cipher)| cipher)
+    }
+
+    /// What all is encrypted with.
+    pub(super) fn key(&self) -> Result<&[u8]> {
+        self.unlocked().map(|(key, _)| key.as_slice())
     }
 
     /// Whether there is a key.
@@ -81,7 +105,8 @@ impl Encryption {
 
     /// What the header says, in the order in which it is shown.
     pub(crate) fn describe(&self) -> Vec<Property> {
-        let (header, cipher) = (&self.header, self.header.cipher);
+        let header = self.header();
+        let cipher = header.cipher;
         let text = |label, key, value: &str| property(label, key, Value::Text(value.to_owned()));
         let mut list = vec![text("ivgen alg", "ivgen-alg", cipher.iv_name())];
         if let IvGenerator::Essiv(hash) = cipher.iv {
@@ -131,19 +156,29 @@ fn slot_properties(slot: &Slot) -> Vec<Property> {
     list
 }
 
+/// The key material of a slot, as it is stored.
+pub(super) async fn read_material(
+    medium: &dyn Medium,
+    base: u64,
+    header: &Header,
+    slot: &Slot,
+) -> Result<Vec<u8>> {
+    let size = material_size(header.cipher.key_bytes, slot.stripes);
+    let buffer = IoBuf::zeroed(size as usize);
+    let place = base + u64::from(slot.key_offset) * SECTOR;
+    medium.read(place, buffer.clone()).await?;
+    Ok(buffer.to_vec())
+}
+
 /// Looks for the slot whose password `secret` is.
 async fn unlock(
     medium: &dyn Medium,
     base: u64,
     header: &Header,
     secret: &Secret,
-) -> Result<SectorCipher> {
+) -> Result<(Vec<u8>, SectorCipher)> {
     for slot in header.slots.iter().filter(|slot| slot.active) {
-        let size = material_size(header.cipher.key_bytes, slot.stripes);
-        let buffer = IoBuf::zeroed(size as usize);
-        let place = base + u64::from(slot.key_offset) * SECTOR;
-        medium.read(place, buffer.clone()).await?;
-        let material = buffer.to_vec();
+        let material = read_material(medium, base, header, slot).await?;
         let (header, slot, password) = (header.clone(), slot.clone(), secret.bytes().to_vec());
         let spec = header.cipher;
         let key = offload(move || {
@@ -153,7 +188,7 @@ async fn unlock(
         if let Some(key) = key.await
             && let Some(cipher) = SectorCipher::new(spec, &key)
         {
-            return Ok(cipher);
+            return Ok((key, cipher));
         }
     }
     let message = "Invalid password, cannot unlock any keyslot";

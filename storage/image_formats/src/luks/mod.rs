@@ -2,12 +2,14 @@
 //!
 //! Without a password an image tells what its header says, and its disk can't be read.
 
+mod amend;
 mod cipher;
 mod create;
 mod encryption;
 mod header;
 mod keys;
 
+pub use amend::KeyChange;
 pub use cipher::{Hash, IvGenerator, Mode};
 pub use create::{CreateOptions, create, measure};
 pub(crate) use create::{header_length, new_keys};
@@ -261,5 +263,9 @@ impl ImageFormat for Luks {
 
     fn write_compressed(&self, _offset: u64, _data: Vec<u8>) -> BlockFuture<'_, ()> {
         no_compression()
+    }
+
+    fn amend_keys(&self, change: KeyChange) -> BlockFuture<'_, ()> {
+        Box::pin(async move { self.encryption.amend(&*self.medium, 0, &change).await })
     }
 }

@@ -39,7 +39,7 @@ use block::{
 };
 
 use crate::details::Property;
-use crate::luks::{Encryption, Secret};
+use crate::luks::{Encryption, KeyChange, Secret};
 use allocator::Refcounts;
 use cache::Cache;
 use header::CRYPT_LUKS;
@@ -317,6 +317,19 @@ impl Qcow2 {
     /// What the LUKS header of an encrypted image says.
     pub fn encryption(&self) -> Option<Vec<Property>> {
         Some(self.encryption.as_ref()?.describe())
+    }
+
+    /// Changes the passwords of an encrypted image.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` if it is not encrypted, `InvalidArgument` or `PermissionDenied` with what is wrong, or what the host reports.
+    pub async fn amend_keys(&self, change: &KeyChange) -> Result<()> {
+        let place = self.header.borrow().encryption();
+        let (Some(encryption), Some(place)) = (&self.encryption, place) else {
+            return Err(BlockError::unsupported("the image is not encrypted"));
+        };
+        encryption.amend(&*self.medium, place.offset, change).await
     }
 
     /// The cluster size in bytes.
