@@ -9,6 +9,7 @@ use image_formats::qcow2::{Preallocation, Repair};
 use image_formats::{Image, ImageOptions, open_image, resolve_name};
 
 use super::args::{flag, key_values, size, value};
+use super::clouds::{self, Cloud};
 use super::create::{ImageSpec, look_at_backing};
 use super::output::{Progress, say};
 use super::verify::{self, Manifest};
@@ -47,6 +48,7 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         flag('R', "resume"),
         flag('M', "bitmaps"),
         flag('N', "skip-broken-bitmaps"),
+        value('G', "for"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let [sources @ .., target] = &parsed.names[..] else {
@@ -55,7 +57,8 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
     if sources.is_empty() {
         return Err(Failure::usage("Must specify image file name"));
     }
-    let format = parsed.get('O').unwrap_or("raw");
+    let cloud = Cloud::of(&parsed)?;
+    let format = cloud.map_or(parsed.get('O').unwrap_or("raw"), |cloud| cloud.format);
     let backing = parsed.get('B').or(parsed.get('b'));
     let mut compress = parsed.has('c');
     let resume = parsed.has('R');
@@ -110,6 +113,13 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         disks.push(disk);
     }
     let total: u64 = disks.iter().map(|disk| disk.size()).sum();
+    let target_size = cloud.map_or(total, |cloud| cloud.size(total));
+    if let Some(name) = cloud.and_then(|cloud| cloud.archived_as) {
+        let progress = Progress::new(parsed.has('p') && !parsed.has('q'), total);
+        clouds::archive(&disks, name, target_size, target, &progress).await?;
+        progress.finish();
+        return Ok(());
+    }
     let target_options = ImageOptions {
         format: Some(format.to_owned()),
         write: true,
@@ -117,10 +127,11 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         secret: None,
         ..tool.options(&parsed)
     };
-    let pairs = key_values(&parsed.all(&['o']));
+    let mut pairs = key_values(&parsed.all(&['o']));
+    pairs.extend(cloud.into_iter().flat_map(Cloud::options));
     let mut preallocated = false;
     let image = if create {
-        let mut spec = ImageSpec::new(format, Some(total), &pairs, backing, parsed.get('F'))?
+        let mut spec = ImageSpec::new(format, Some(target_size), &pairs, backing, parsed.get('F'))?
             .with_secrets(&parsed)?;
         spec.check_encryption()?;
         preallocated = spec.qcow2.preallocation != Preallocation::Off;

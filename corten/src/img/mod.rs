@@ -10,6 +10,7 @@
 pub(crate) mod args;
 mod bitmap;
 mod check;
+mod clouds;
 pub(crate) mod convert;
 pub(crate) mod create;
 mod formats;
@@ -221,6 +222,10 @@ fn about(option: &str) -> &'static str {
         }
         "object" => "a password: secret,id=ID,data=TEXT or secret,id=ID,file=FILE",
         "image-opts" => "names are options: driver=FORMAT,file.filename=FILE,key-secret=ID",
+        "for" => {
+            "make what azure, esxi, aws or gcp imports: format, options, alignment and, for gcp, a \
+             .tar.gz"
+        }
         "manifest" => "the manifest to check against (default: IMAGE.blake3)",
         "allow-external" => "open files outside the image's own directory that the image names",
         _ => "",
