@@ -246,8 +246,8 @@ mod tests {
             }
             let _ = send.send(());
         });
-        timer.arm(0);
-        *own.lock() = Some(timer);
+        // It can't fire before its own hand is on it.
+        own.lock().insert(timer).arm(0);
         for _ in 0..3 {
             fired.recv_timeout(Duration::from_secs(5)).unwrap();
         }

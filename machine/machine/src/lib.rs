@@ -9,6 +9,7 @@ mod chars;
 pub mod cpu_model;
 mod disks;
 mod error;
+mod event_rate;
 pub mod firmware;
 mod io;
 mod lifecycle;

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use accel::{Accel, CpuIo, Vcpu, VcpuConfig, VmConfig};
 use block::ThrottleLimits;
@@ -19,6 +19,7 @@ use vm_spec::VmSpec;
 use crate::MachineError;
 use crate::board::{self, Base, Board, Controls, Peripherals};
 use crate::cpu_model::CpuModel;
+use crate::event_rate::EventRate;
 use crate::firmware::{AcpiConfig, SmbiosConfig, write_acpi, write_reset_vector, write_smbios};
 use crate::io::Buses;
 use crate::lifecycle::{Lifecycle, Request};
@@ -73,6 +74,7 @@ struct Machine {
     requests: Receiver<Request>,
     sender: Sender<Request>,
     paused: bool,
+    balloon_rate: EventRate,
     cache: Option<KernelCache>,
 }
 
@@ -212,6 +214,7 @@ impl Machine {
             requests,
             sender,
             paused: false,
+            balloon_rate: EventRate::default(),
             cache,
         };
         let vcpus = machine.vcpus(&*accel, &model)?;
@@ -322,7 +325,7 @@ impl Machine {
         };
         let mut terminating = false;
         loop {
-            let Ok(request) = self.requests.recv() else {
+            let Some(request) = self.next_request() else {
                 return Ok(Outcome::Quit);
             };
             match request {
@@ -384,6 +387,7 @@ impl Machine {
                         reason: "host-qmp-system-reset",
                     });
                 }
+                Request::BalloonChanged if !self.balloon_rate.admit(Instant::now()) => {}
                 Request::BalloonChanged => {
                     // First, so that a change from now on is told again.
                     self.controls.balloon_pending.store(false, Ordering::SeqCst);
@@ -416,6 +420,19 @@ impl Machine {
                     return Ok(Outcome::Quit);
                 }
             }
+        }
+    }
+
+    /// The next request; `None` when nobody is left to ask.
+    fn next_request(&self) -> Option<Request> {
+        let Some(due) = self.balloon_rate.due() else {
+            return self.requests.recv().ok();
+        };
+        let left = due.saturating_duration_since(Instant::now());
+        match self.requests.recv_timeout(left) {
+            Ok(request) => Some(request),
+            Err(RecvTimeoutError::Timeout) => Some(Request::BalloonChanged),
+            Err(RecvTimeoutError::Disconnected) => None,
         }
     }
 
