@@ -169,10 +169,19 @@ fn io_and_nbd_take_passwords() {
     let (code, text) = io(folder, &["-r", "-c", "read -P 0x11 0 4096"]);
     assert!(code != 0 || text.contains("failed"), "{text}");
     for (more, byte) in [(&[][..], 0x22), (&["-l", "then"], 0x11)] {
-        let socket = folder.join("socket");
+        // The server before may still be about to end: it shares the image, and has a socket of its own.
+        let socket = folder.join(format!("socket-{byte}"));
         let mut server = Command::new(OURS);
         server
-            .args(["nbd", "--fork", "--object", OBJECT, "--image-opts", "-k"])
+            .args([
+                "nbd",
+                "--fork",
+                "-r",
+                "--object",
+                OBJECT,
+                "--image-opts",
+                "-k",
+            ])
             .arg(&socket);
         let started = server
             .args(more)

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use block::{CacheMode, Disk, ErrorKind, IoBuf, Scope};
 use image_formats::copy::{self, Comparison, CopyOptions};
-use image_formats::qcow2::{Preallocation, Repair};
+use image_formats::qcow2::{BitmapInfo, Preallocation, Repair};
 use image_formats::{Image, ImageOptions, open_image, resolve_name};
 
-use super::args::{flag, key_values, size, value};
+use super::args::{Parsed, flag, key_values, size, value};
 use super::clouds::{self, Cloud};
 use super::create::{ImageSpec, look_at_backing};
 use super::output::{Progress, say};
@@ -51,175 +51,267 @@ pub(crate) async fn convert(tool: Tool, rest: &[String]) -> Outcome {
         value('G', "for"),
     ];
     let parsed = tool.parse(rest, &specs)?;
-    let [sources @ .., target] = &parsed.names[..] else {
-        return Err(Failure::usage("Must specify image file name"));
-    };
-    if sources.is_empty() {
-        return Err(Failure::usage("Must specify image file name"));
-    }
-    let cloud = Cloud::of(&parsed)?;
-    let format = cloud.map_or(parsed.get('O').unwrap_or("raw"), |cloud| cloud.format);
-    let backing = parsed.get('B').or(parsed.get('b'));
-    let mut compress = parsed.has('c');
-    let resume = parsed.has('R');
-    let goes_on = resume && std::path::Path::new(target).exists();
-    let create = !parsed.has('n') && !goes_on;
-    if compress && !["qcow2", "vmdk"].contains(&format) {
-        return Err(Failure::plain(format!(
-            "Compression not supported for file format '{format}'"
-        )));
-    }
-    if parsed.has('Z') && create {
-        return Err(Failure::plain("--target-is-zero requires use of -n flag"));
-    }
-    let with_bitmaps = parsed.has('M');
-    if with_bitmaps && sources.len() != 1 {
-        return Err(Failure::plain(
-            "Copying bitmaps only possible with single source",
-        ));
-    }
-    if parsed.has('N') && !with_bitmaps {
-        return Err(Failure::plain(
-            "Use of --skip-broken-bitmaps requires --bitmaps",
-        ));
-    }
-    if with_bitmaps && format != "qcow2" {
-        return Err(Failure::plain(format!(
-            "Format driver '{format}' does not support bitmaps"
-        )));
-    }
-    let mut bitmaps = None;
-    let mut disks = Vec::new();
-    for name in sources {
-        let options = ImageOptions {
-            format: parsed.get('f').map(str::to_owned),
-            lock: !parsed.has('U'),
-            cache: cache(&parsed, 'T', CacheMode::Writeback)?,
-            ..tool.options(&parsed)
-        };
-        let (disk, image) = open(name, &options).await?;
-        if with_bitmaps {
-            let list = bitmap::to_copy(&image, parsed.has('N'))?;
-            bitmaps = Some((image.clone(), list));
-        }
-        if let Some(which) = parsed.get('l') {
-            let Some(qcow2) = &image.qcow2 else {
-                return Err(Failure::plain(
-                    "Failed to load snapshot: this format has none",
-                ));
-            };
-            qcow2.view_snapshot(snapshot_name(which)).await?;
-        }
-        disks.push(disk);
-    }
-    let total: u64 = disks.iter().map(|disk| disk.size()).sum();
+    let conversion = Conversion::of(tool, &parsed)?;
+    conversion.check()?;
+    let sources = conversion.open_sources().await?;
+    let total: u64 = sources.disks.iter().map(|disk| disk.size()).sum();
+    let cloud = conversion.cloud;
     let target_size = cloud.map_or(total, |cloud| cloud.size(total));
+    let progress = Progress::new(parsed.has('p') && !parsed.has('q'), total);
     if let Some(name) = cloud.and_then(|cloud| cloud.archived_as) {
-        let progress = Progress::new(parsed.has('p') && !parsed.has('q'), total);
-        clouds::archive(&disks, name, target_size, target, &progress).await?;
+        clouds::archive(
+            &sources.disks,
+            name,
+            target_size,
+            conversion.target,
+            &progress,
+        )
+        .await?;
         progress.finish();
         return Ok(());
     }
-    let target_options = ImageOptions {
-        format: Some(format.to_owned()),
-        write: true,
-        cache: cache(&parsed, 't', CacheMode::Unsafe)?,
-        secret: None,
-        ..tool.options(&parsed)
-    };
-    let mut pairs = key_values(&parsed.all(&['o']));
-    pairs.extend(cloud.into_iter().flat_map(Cloud::options));
-    let mut preallocated = false;
-    let image = if create {
-        let mut spec = ImageSpec::new(format, Some(target_size), &pairs, backing, parsed.get('F'))?
-            .with_secrets(&parsed)?;
+    let target = conversion.open_target(target_size).await?;
+    if target.disk.size() < total {
+        return Err(Failure::plain("output file is smaller than input file"));
+    }
+    let options = conversion.copy_options(&target)?;
+    let mut shift = 0;
+    for source in &sources.disks {
+        copy::copy(
+            source,
+            &target.disk,
+            &target.image,
+            shift,
+            options,
+            &progress.callback(),
+        )
+        .await?;
+        shift += source.size();
+    }
+    if let Some((source, list)) = &sources.bitmaps {
+        bitmap::copy(source, &target.image, list).await?;
+    }
+    target.disk.close().await?;
+    progress.finish();
+    if parsed.has('K') {
+        let manifest = Manifest::of(&sources.disks, verify::EXTENT, &|_| {}).await?;
+        manifest.write(&verify::beside(conversion.target))?;
+    }
+    Ok(())
+}
+
+/// What a command line asks for.
+struct Conversion<'a> {
+    tool: Tool,
+    parsed: &'a Parsed,
+    sources: &'a [String],
+    target: &'a str,
+    cloud: Option<&'static Cloud>,
+    format: &'a str,
+    backing: Option<&'a str>,
+    /// The target is made, or made anew.
+    create: bool,
+}
+
+/// What is read.
+struct Sources {
+    disks: Vec<Rc<Disk>>,
+    /// The image whose bitmaps are copied, and which of them.
+    bitmaps: Option<(Image, Vec<BitmapInfo>)>,
+}
+
+/// What is written.
+struct Target {
+    disk: Rc<Disk>,
+    image: Image,
+    /// Clusters have a place already, whatever they hold.
+    preallocated: bool,
+}
+
+impl<'a> Conversion<'a> {
+    fn of(tool: Tool, parsed: &'a Parsed) -> Result<Self, Failure> {
+        let [sources @ .., target] = &parsed.names[..] else {
+            return Err(Failure::usage("Must specify image file name"));
+        };
+        if sources.is_empty() {
+            return Err(Failure::usage("Must specify image file name"));
+        }
+        let cloud = Cloud::of(parsed)?;
+        let goes_on = parsed.has('R') && std::path::Path::new(target).exists();
+        Ok(Self {
+            tool,
+            parsed,
+            sources,
+            target,
+            cloud,
+            format: cloud.map_or(parsed.get('O').unwrap_or("raw"), |cloud| cloud.format),
+            backing: parsed.get('B').or(parsed.get('b')),
+            create: !parsed.has('n') && !goes_on,
+        })
+    }
+
+    /// Refuses what does not go together.
+    fn check(&self) -> Outcome {
+        let (parsed, format) = (self.parsed, self.format);
+        let refused = |message: String| Err(Failure::plain(message));
+        if parsed.has('c') && !["qcow2", "vmdk"].contains(&format) {
+            return refused(format!(
+                "Compression not supported for file format '{format}'"
+            ));
+        }
+        if parsed.has('Z') && self.create {
+            return refused("--target-is-zero requires use of -n flag".into());
+        }
+        let with_bitmaps = parsed.has('M');
+        if with_bitmaps && self.sources.len() != 1 {
+            return refused("Copying bitmaps only possible with single source".into());
+        }
+        if parsed.has('N') && !with_bitmaps {
+            return refused("Use of --skip-broken-bitmaps requires --bitmaps".into());
+        }
+        if with_bitmaps && format != "qcow2" {
+            return refused(format!("Format driver '{format}' does not support bitmaps"));
+        }
+        Ok(())
+    }
+
+    async fn open_sources(&self) -> Result<Sources, Failure> {
+        let parsed = self.parsed;
+        let options = ImageOptions {
+            format: parsed.get('f').map(str::to_owned),
+            lock: !parsed.has('U'),
+            cache: cache(parsed, 'T', CacheMode::Writeback)?,
+            ..self.tool.options(parsed)
+        };
+        let mut sources = Sources {
+            disks: Vec::new(),
+            bitmaps: None,
+        };
+        for name in self.sources {
+            let (disk, image) = open(name, &options).await?;
+            if parsed.has('M') {
+                let list = bitmap::to_copy(&image, parsed.has('N'))?;
+                sources.bitmaps = Some((image.clone(), list));
+            }
+            if let Some(which) = parsed.get('l') {
+                let Some(qcow2) = &image.qcow2 else {
+                    let message = "Failed to load snapshot: this format has none";
+                    return Err(Failure::plain(message));
+                };
+                qcow2.view_snapshot(snapshot_name(which)).await?;
+            }
+            sources.disks.push(disk);
+        }
+        Ok(sources)
+    }
+
+    /// Opens the target, which is made first where that is asked for.
+    async fn open_target(&self, size: u64) -> Result<Target, Failure> {
+        let parsed = self.parsed;
+        let options = ImageOptions {
+            format: Some(self.format.to_owned()),
+            write: true,
+            cache: cache(parsed, 't', CacheMode::Unsafe)?,
+            secret: None,
+            ..self.tool.options(parsed)
+        };
+        let mut preallocated = false;
+        let image = if self.create {
+            let spec = self.spec(size, &options).await?;
+            preallocated = spec.qcow2.preallocation != Preallocation::Off;
+            // The person named the backing file on this very command line.
+            let follow = following(&options);
+            let backing = spec.qcow2.backing_file.is_some();
+            spec.make(self.tool, self.target, &follow, backing).await?
+        } else if parsed.has('R') {
+            repair_interrupted(self.target, &options).await?;
+            open_released(self.target, &options).await?.1
+        } else {
+            open(self.target, &options).await?.1
+        };
+        Ok(Target {
+            disk: as_disk(&image, options.cache),
+            image,
+            preallocated,
+        })
+    }
+
+    /// What a new target is like.
+    async fn spec(&self, size: u64, options: &ImageOptions) -> Result<ImageSpec, Failure> {
+        let parsed = self.parsed;
+        let mut pairs = key_values(&parsed.all(&['o']));
+        pairs.extend(self.cloud.into_iter().flat_map(Cloud::options));
+        let backing_format = parsed.get('F');
+        let mut spec = ImageSpec::new(
+            self.format,
+            Some(size),
+            &pairs,
+            self.backing,
+            backing_format,
+        )?
+        .with_secrets(parsed)?;
         spec.check_encryption()?;
-        preallocated = spec.qcow2.preallocation != Preallocation::Off;
-        if compress && spec.luks().is_some() {
+        if parsed.has('c') && spec.luks().is_some() {
             let message = "Compression and encryption not supported at the same time";
             return Err(Failure::plain(message));
         }
-        let backing = spec.qcow2.backing_file.clone();
-        if let Some(backing) = &backing
+        if let Some(backing) = spec.qcow2.backing_file.clone()
             && spec.qcow2.backing_format.is_none()
         {
-            let follow = ImageOptions {
-                external: image_formats::External::Follow,
-                ..target_options.clone()
-            };
-            let (_, detected) = look_at_backing(target, backing, None, &follow).await?;
+            let follow = following(options);
+            let (_, detected) = look_at_backing(self.target, &backing, None, &follow).await?;
             spec.qcow2.backing_format = Some(detected.to_owned());
             spec.complete()?;
         }
-        // The person named the backing file on this very command line.
-        let follow = ImageOptions {
-            external: image_formats::External::Follow,
-            ..target_options.clone()
+        Ok(spec)
+    }
+
+    fn copy_options(&self, target: &Target) -> Result<CopyOptions, Failure> {
+        let (parsed, image) = (self.parsed, &target.image);
+        // Some images store nothing that is not compressed.
+        let compression = image.format.as_ref().and_then(|f| f.compression());
+        // What is stored of a new encrypted disk reads as anything.
+        let encrypted = image
+            .qcow2
+            .as_ref()
+            .is_some_and(|qcow2| qcow2.encryption().is_some());
+        let is_new_file = self.create
+            && !is_block_device(self.target)
+            && self.backing.is_none()
+            && self.format != "luks"
+            && !(encrypted && target.preallocated);
+        let sparse_size = match parsed.get('S') {
+            None => 4096,
+            Some(text) => size(text)
+                .filter(|n| n.is_multiple_of(512))
+                .ok_or_else(|| {
+                    Failure::plain("Invalid buffer size for sparse output specified.")
+                })?,
         };
-        spec.make(tool, target, &follow, backing.is_some()).await?
-    } else {
-        let (_, image) = if resume {
-            repair_interrupted(target, &target_options).await?;
-            open_released(target, &target_options).await?
-        } else {
-            open(target, &target_options).await?
-        };
-        image
-    };
-    // Some images store nothing that is not compressed.
-    let compression = image.format.as_ref().and_then(|f| f.compression());
-    compress |= compression.is_some();
-    let disk = as_disk(&image, target_options.cache);
-    if disk.size() < total {
-        return Err(Failure::plain("output file is smaller than input file"));
+        Ok(CopyOptions {
+            // Bare data must be overwritten with zeroes where nothing is known of the target.
+            sparse_size,
+            compress: parsed.has('c') || compression.is_some(),
+            target_is_zero: (is_new_file && sparse_size > 0) || parsed.has('Z'),
+            scope: if self.backing.is_some() { Scope::Layer } else { Scope::Chain },
+            parallel: match parsed.get('m') {
+                None => copy::DEFAULT_PARALLEL,
+                Some(text) => text.parse().ok().filter(|n| (1..=16).contains(n)).ok_or_else(|| {
+                    Failure::plain("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
+                })?,
+            },
+            salvage: parsed.has('A'),
+            only_differences: parsed.has('R') && !self.create,
+        })
     }
-    // What is stored of a new encrypted disk reads as anything.
-    let encrypted = image
-        .qcow2
-        .as_ref()
-        .is_some_and(|qcow2| qcow2.encryption().is_some());
-    let is_new_file = create
-        && !is_block_device(target)
-        && backing.is_none()
-        && format != "luks"
-        && !(encrypted && preallocated);
-    let sparse_size = match parsed.get('S') {
-        None => 4096,
-        Some(text) => size(text)
-            .filter(|n| n.is_multiple_of(512))
-            .ok_or_else(|| Failure::plain("Invalid buffer size for sparse output specified."))?,
-    };
-    let options = CopyOptions {
-        // Bare data must be overwritten with zeroes where nothing is known of the target.
-        sparse_size,
-        compress,
-        target_is_zero: (is_new_file && sparse_size > 0) || parsed.has('Z'),
-        scope: if backing.is_some() { Scope::Layer } else { Scope::Chain },
-        parallel: match parsed.get('m') {
-            None => copy::DEFAULT_PARALLEL,
-            Some(text) => text.parse().ok().filter(|n| (1..=16).contains(n)).ok_or_else(|| {
-                Failure::plain("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
-            })?,
-        },
-        salvage: parsed.has('A'),
-        only_differences: resume && !create,
-    };
-    let progress = Progress::new(parsed.has('p') && !parsed.has('q'), total);
-    let mut shift = 0;
-    for source in &disks {
-        copy::copy(source, &disk, &image, shift, options, &progress.callback()).await?;
-        shift += source.size();
+}
+
+/// The same, but names are followed wherever they lead.
+fn following(options: &ImageOptions) -> ImageOptions {
+    ImageOptions {
+        external: image_formats::External::Follow,
+        ..options.clone()
     }
-    if let Some((source, list)) = &bitmaps {
-        bitmap::copy(source, &image, list).await?;
-    }
-    disk.close().await?;
-    progress.finish();
-    if parsed.has('K') {
-        let manifest = Manifest::of(&disks, verify::EXTENT, &|_| {}).await?;
-        manifest.write(&verify::beside(target))?;
-    }
-    Ok(())
 }
 
 /// How long a lock may outlive the process that held it: the kernel takes a ring of io_uring apart, and
