@@ -20,6 +20,7 @@ impl Control for Machine {
             allocated: None,
             backing_depth: 0,
             read_only: false,
+            encrypted: false,
             cache: block::CacheMode::Writeback,
             detect_zeroes: block::DetectZeroes::Off,
             io_status: qmp::IoStatus::Ok,

@@ -226,6 +226,7 @@ impl Controlled {
             allocated: file.map(|file| file.blocks() * 512),
             backing_depth: state.backing_depth,
             read_only: state.limits.read_only,
+            encrypted: self.spec.key_secret.is_some(),
             cache: options.cache,
             detect_zeroes: options.detect_zeroes,
             io_status: *self.io_status.lock(),

@@ -34,6 +34,8 @@ pub struct DiskReport {
     pub backing_depth: u32,
     /// The guest can't write.
     pub read_only: bool,
+    /// What is stored can't be read without a password.
+    pub encrypted: bool,
     /// How the host caches.
     pub cache: CacheMode,
     /// What writes of zeroes become.
@@ -101,7 +103,7 @@ fn inserted(disk: &DiskReport) -> Value {
         ("detect_zeroes", json!(zeroes)),
         ("write_threshold", json!(0)),
         ("backing_file_depth", json!(disk.backing_depth)),
-        ("encrypted", json!(false)),
+        ("encrypted", json!(disk.encrypted)),
         (
             "cache",
             json!({

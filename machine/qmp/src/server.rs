@@ -177,6 +177,7 @@ mod tests {
                 allocated: Some(4096),
                 backing_depth: 2,
                 read_only: false,
+                encrypted: true,
                 cache: CacheMode::None,
                 detect_zeroes: DetectZeroes::Off,
                 io_status: crate::IoStatus::NoSpace,
@@ -477,6 +478,10 @@ mod tests {
             (&json!("qcow2"), &json!(2))
         );
         assert_eq!(inserted["image"]["actual-size"], 4096);
+        assert_eq!(
+            (&inserted["encrypted"], &inserted["ro"]),
+            (&json!(true), &json!(false))
+        );
         let stats = &ask("query-blockstats", json!({}))["return"][0]["stats"];
         assert_eq!(
             (&stats["rd_operations"], &stats["rd_bytes"]),

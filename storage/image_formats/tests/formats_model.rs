@@ -234,6 +234,36 @@ fn theirs_to_ours(kind: &Kind, ops: &[Step], seed: u64) {
     theirs_agrees(&path, format, &model);
 }
 
+/// The block that the disk's old end lay in was the file's last one.
+#[test]
+fn a_vpc_disk_that_shrinks_ends_with_its_footer() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.vhd");
+    executor::block_on(async {
+        let options = vpc::CreateOptions {
+            size: SIZE,
+            force_size: true,
+            ..vpc::CreateOptions::default()
+        };
+        let medium = create_file(text(&path), CacheMode::Unsafe).unwrap();
+        plain::create(&medium, &NewImage::Vpc(options)).await;
+        drop(medium);
+        let mut model = vec![0; SIZE as usize];
+        let ends = [
+            Step::Write {
+                at: SIZE - 4096,
+                length: 4096,
+                value: 7,
+            },
+            Step::Resize(SIZE / 2),
+        ];
+        run_all(&path, "vpc", &mut model, &ends).await;
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(bytes[bytes.len() - 512..], bytes[..512]);
+    })
+    .unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 30, ..ProptestConfig::default() })]
 

@@ -2,12 +2,14 @@
 
 use block::{BlockError, IoBuf, Result, ZeroFlags};
 
-use super::Vpc;
 use super::header::{DiskType, DynamicHeader, FOOTER_SIZE, Footer, UNUSED};
+use super::{Vpc, end_of_blocks};
 
 impl Vpc {
     /// Changes the disk's size. Where the geometry counts, the disk may become a little larger.
     pub(super) async fn resize_to(&self, size: u64) -> Result<()> {
+        // Nobody takes a block where the file is cut off.
+        let _held = self.locks.lock(0, u64::MAX).await;
         let old = self.size();
         let mut footer = self.footer.borrow().clone();
         let force = footer.size_counts();
@@ -122,6 +124,26 @@ impl Vpc {
                 self.bitmaps.borrow_mut().remove(&(block as u64));
             }
         }
-        self.sync().await
+        self.sync().await?;
+        self.shorten().await
+    }
+
+    /// Moves the footer up to the last block that is left, and ends the file there.
+    async fn shorten(&self) -> Result<()> {
+        let end = {
+            let (header, footer) = (self.header.borrow(), self.footer.borrow());
+            let Some(header) = header.as_ref() else {
+                return Ok(());
+            };
+            end_of_blocks(&self.table, header, &footer)
+        };
+        if end >= self.end.get() {
+            return Ok(());
+        }
+        self.end.set(end);
+        self.footer_missing.set(true);
+        self.sync().await?;
+        self.medium.set_len(end + FOOTER_SIZE as u64).await?;
+        self.medium.flush().await
     }
 }
