@@ -209,3 +209,56 @@ fn sockets_carry_both_directions_at_once() {
         .unwrap();
     }
 }
+
+/// How many descriptors the process has that are timers.
+fn timers() -> usize {
+    let links = std::fs::read_dir("/proc/self/fd").unwrap();
+    let links = links.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    links
+        .filter(|link| link.to_string_lossy().contains("timerfd"))
+        .count()
+}
+
+#[test]
+fn what_nobody_waits_for_is_given_up() {
+    use std::future::Future;
+    use std::task::Poll;
+    for kind in ENGINES {
+        executor::block_on_with(kind, async {
+            let mut sleeping: Vec<_> = (0..50)
+                .map(|_| Box::pin(executor::sleep(Duration::from_secs(1000))))
+                .collect();
+            std::future::poll_fn(|cx| {
+                for sleep in &mut sleeping {
+                    assert!(sleep.as_mut().poll(cx).is_pending());
+                }
+                Poll::Ready(())
+            })
+            .await;
+            executor::sleep(Duration::from_millis(1)).await.unwrap();
+            assert!(timers() >= 50);
+            drop(sleeping);
+            // The kernel tells of what it gave up soon after.
+            for _ in 0..1000 {
+                if timers() < 50 {
+                    break;
+                }
+                executor::sleep(Duration::from_millis(1)).await.unwrap();
+            }
+            assert!(timers() < 50, "{kind:?}: {} are left", timers());
+        })
+        .unwrap();
+    }
+    // The end of an executor gives up what its tasks waited for.
+    for kind in ENGINES {
+        executor::block_on_with(kind, async {
+            for _ in 0..50 {
+                spawn_local(executor::sleep(Duration::from_secs(1000)));
+            }
+            executor::sleep(Duration::from_millis(1)).await.unwrap();
+            assert!(timers() >= 50);
+        })
+        .unwrap();
+        assert!(timers() < 50, "{kind:?}: {} are left", timers());
+    }
+}

@@ -266,6 +266,18 @@ impl Executor {
         handle
     }
 
+    /// Ends an operation that nobody waits for and that might go on for ever.
+    fn cancel(&self, slot: SlotId) {
+        let mut engine = self.engine.borrow_mut();
+        let mut slots = self.slots.borrow_mut();
+        if slots.needs_cancel(slot) {
+            match &mut *engine {
+                Engine::Uring(uring) => uring.cancel(slot),
+                Engine::Threads(threads) => threads.cancel(&mut slots, slot),
+            }
+        }
+    }
+
     /// Starts `operation`; the future yields the system call's result.
     pub(crate) fn submit(self: &Rc<Self>, operation: Operation) -> Submitted {
         Submitted {
@@ -314,8 +326,8 @@ impl Drop for Executor {
     }
 }
 
-/// An operation in the kernel's hands. Dropping it abandons the result; the buffer stays alive until
-/// the kernel is done with it.
+/// An operation in the kernel's hands. Dropping it abandons the result, and cancels what might wait for ever;
+/// the buffer stays alive until the kernel is done with it.
 pub(crate) struct Submitted {
     executor: Rc<Executor>,
     state: SubmitState,
@@ -362,6 +374,7 @@ impl Drop for Submitted {
         if let SubmitState::InFlight(slot) = self.state {
             let abandoned = self.executor.slots.borrow_mut().abandon(slot);
             drop(abandoned);
+            self.executor.cancel(slot);
         }
     }
 }

@@ -106,6 +106,18 @@ impl Slots {
         }
     }
 
+    /// Whether nobody waits for an operation that may never end by itself.
+    pub(crate) fn needs_cancel(&self, id: SlotId) -> bool {
+        let slot = &self.slots[id as usize];
+        matches!(slot.state, State::Abandoned) && !slot.bounded
+    }
+
+    /// How many operations the kernel has.
+    pub(crate) fn in_flight(&self) -> usize {
+        let under_way = |slot: &&Slot| matches!(slot.state, State::Pending(_) | State::Abandoned);
+        self.slots.iter().filter(under_way).count()
+    }
+
     /// How many operations are under way that end by themselves.
     pub(crate) fn bounded_in_flight(&self) -> usize {
         self.bounded

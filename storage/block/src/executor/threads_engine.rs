@@ -218,6 +218,15 @@ impl ThreadsEngine {
         slot
     }
 
+    /// Ends the watch of a descriptor that nobody waits for.
+    pub(crate) fn cancel(&mut self, slots: &mut Slots, id: SlotId) {
+        let index = self.watched.iter().position(|watched| watched.slot == id);
+        if let Some(index) = index {
+            self.watched.swap_remove(index);
+            slots.complete(id, -libc::ECANCELED);
+        }
+    }
+
     pub(crate) fn turn(&mut self, shared: &Shared, slots: &mut Slots, block: bool) -> Vec<Waker> {
         let mut woken = self.completed(slots);
         self.poll_descriptors(shared, slots, block && woken.is_empty(), &mut woken);

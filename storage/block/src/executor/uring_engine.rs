@@ -17,6 +17,12 @@ use crate::buffer::{IoBuf, Segment};
 const RING_ENTRIES: u32 = 256;
 /// The user data of the poll on the executor's own eventfd.
 const WAKE_TOKEN: u64 = u64::MAX;
+/// The user data of requests to cancel an operation.
+const CANCEL_TOKEN: u64 = u64::MAX - 1;
+/// The user data of the timeout that bounds the engine's end.
+const TIMEOUT_TOKEN: u64 = u64::MAX - 2;
+/// How long the engine's end waits for operations that were told to end, in nanoseconds.
+const DRAIN_LIMIT: u32 = 200_000_000;
 /// preadv and friends take no more than this many pieces (`UIO_MAXIOV`).
 pub(crate) const MAX_SEGMENTS: usize = 1024;
 
@@ -87,6 +93,12 @@ impl UringEngine {
         id
     }
 
+    /// Tells the kernel that an operation need not go on; it completes soon after.
+    pub(crate) fn cancel(&mut self, id: SlotId) {
+        let entry = opcode::AsyncCancel::new(u64::from(id)).build();
+        self.push(&entry.user_data(CANCEL_TOKEN));
+    }
+
     /// Hands submissions to the kernel and waits for `want` completions.
     fn enter(&mut self, want: usize) {
         loop {
@@ -134,7 +146,23 @@ impl UringEngine {
         while slots.bounded_in_flight() > 0 {
             self.turn(shared, slots, true);
         }
+        self.drain_cancelled(shared, slots);
         slots.leak_unbounded();
+    }
+
+    /// Waits for operations that were cancelled, but not for ever: the kernel may have one that it cannot cancel.
+    fn drain_cancelled(&mut self, shared: &Shared, slots: &mut Slots) {
+        if slots.in_flight() == 0 {
+            return;
+        }
+        let start = std::time::Instant::now();
+        let limit = types::Timespec::new().nsec(DRAIN_LIMIT);
+        let entry = opcode::Timeout::new(&raw const limit).build();
+        self.push(&entry.user_data(TIMEOUT_TOKEN));
+        let limit = std::time::Duration::from_nanos(u64::from(DRAIN_LIMIT));
+        while slots.in_flight() > 0 && start.elapsed() < limit {
+            self.turn(shared, slots, true);
+        }
     }
 }
 

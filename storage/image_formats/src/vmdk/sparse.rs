@@ -157,28 +157,15 @@ impl Sparse {
         let size = self.header.grain;
         let within = offset % size;
         let first = self.grain(offset).await?;
-        let mut known = length.min(size - within);
         if self.header.compressed && matches!(first, Grain::At(_)) {
-            let place = Place::Compressed;
             return Ok(Run {
-                place,
-                length: known,
+                place: Place::Compressed,
+                length: length.min(size - within),
             });
         }
         // Grains that follow one another, here and in the file, are told together.
-        let mut number = 0;
-        while known < length {
-            number += 1;
-            let next = self.grain(offset - within + number * size).await?;
-            let goes_on = match (first, next) {
-                (Grain::At(a), Grain::At(b)) => a + number * size == b,
-                (a, b) => a == b,
-            };
-            if !goes_on {
-                break;
-            }
-            known = (known + size).min(length);
-        }
+        let start = offset - within;
+        let known = self.same_from(start, first, within + length).await? - within;
         let place = match first {
             Grain::Unallocated => Place::Unallocated,
             Grain::Zero => Place::Zero,
@@ -190,8 +177,42 @@ impl Sparse {
         };
         Ok(Run {
             place,
-            length: known,
+            length: known.min(length),
         })
+    }
+
+    /// How far from `start`, where a grain begins, the grains are what `first` is, looking no further than `length`. The
+    /// answer is whole grains.
+    async fn same_from(&self, start: u64, first: Grain, length: u64) -> Result<u64> {
+        let size = self.header.grain;
+        let mut known = size;
+        while known < length {
+            let (number, index) = self.index(start + known);
+            let rest = self.header.table_entries - index as u64;
+            let Some(table) = self.table(number).await? else {
+                // No table: all its grains are unallocated, however many there are.
+                if first != Grain::Unallocated {
+                    break;
+                }
+                known = known.saturating_add(rest.saturating_mul(size));
+                continue;
+            };
+            for index in index..index + rest as usize {
+                if known >= length {
+                    return Ok(known);
+                }
+                let next = self.grain_of(table.get(index).unwrap_or(0))?;
+                let goes_on = match (first, next) {
+                    (Grain::At(a), Grain::At(b)) => a + known == b,
+                    (a, b) => a == b,
+                };
+                if !goes_on {
+                    return Ok(known);
+                }
+                known += size;
+            }
+        }
+        Ok(known)
     }
 
     /// Reads a part of one compressed grain.

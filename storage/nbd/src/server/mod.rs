@@ -6,12 +6,14 @@ mod serve;
 
 pub use export::Export;
 
-use std::cell::RefCell;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
 use block::executor::{Socket, sleep, spawn_local};
-use block::{BlockError, Result};
+use block::{BlockError, ErrorKind, Result};
 
 use crate::tls::TlsServer;
 use crate::transport::{Outbox, Transport};
@@ -46,25 +48,30 @@ impl Server {
         self.exports.iter().find(|export| export.name == name)
     }
 
+    /// Agrees with a client, or cuts it off if it does not come to the point.
+    async fn negotiate(&self, socket: Socket) -> Result<Option<Session>> {
+        let mut negotiation = pin!(negotiate::negotiate(self, socket));
+        let mut limit = pin!(sleep(HANDSHAKE_LIMIT));
+        poll_fn(|cx| {
+            if let Poll::Ready(session) = negotiation.as_mut().poll(cx) {
+                return Poll::Ready(session);
+            }
+            let late = |_| {
+                let message = "NBD: the client did not choose an export in time";
+                Err(BlockError::new(ErrorKind::Io, message))
+            };
+            limit.as_mut().poll(cx).map(late)
+        })
+        .await
+    }
+
     /// Serves one client to its end.
     ///
     /// # Errors
     ///
     /// If the client broke the rules or the connection failed; other clients are not concerned.
     pub async fn serve(self: &Rc<Self>, socket: Socket) -> Result<()> {
-        let negotiating: Rc<RefCell<Option<Rc<Transport>>>> = Rc::default();
-        let watched = negotiating.clone();
-        // Cuts the connection of a client that does not come to the point.
-        spawn_local(async move {
-            if sleep(HANDSHAKE_LIMIT).await.is_ok()
-                && let Some(transport) = watched.borrow_mut().take()
-            {
-                transport.shutdown();
-            }
-        });
-        let session = negotiate::negotiate(self, socket, &negotiating).await;
-        *negotiating.borrow_mut() = None;
-        let Some(session) = session? else {
+        let Some(session) = self.negotiate(socket).await? else {
             return Ok(());
         };
         let (transport, outbox) = (session.transport.clone(), Outbox::new());

@@ -1,6 +1,5 @@
 //! The server's side of the handshake.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 
 use block::executor::Socket;
@@ -43,13 +42,8 @@ enum Next {
 }
 
 /// Agrees with a client; `None` if it went away or gave up in order.
-pub(super) async fn negotiate(
-    server: &Server,
-    socket: Socket,
-    watched: &Rc<RefCell<Option<Rc<Transport>>>>,
-) -> Result<Option<Session>> {
+pub(super) async fn negotiate(server: &Server, socket: Socket) -> Result<Option<Session>> {
     let transport = Rc::new(Transport::Plain(socket));
-    *watched.borrow_mut() = Some(transport.clone());
     let mut state = Negotiation {
         server,
         reader: Reader::new(transport.clone()),
@@ -85,9 +79,7 @@ pub(super) async fn negotiate(
             Next::Option => {}
             Next::End => return Ok(None),
             Next::StartTls => {
-                *watched.borrow_mut() = None;
                 state = state.start_tls().await?;
-                *watched.borrow_mut() = Some(state.transport.clone());
             }
             Next::Transmission(export) => {
                 let contexts = match state.selected.take() {
