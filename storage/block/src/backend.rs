@@ -152,16 +152,27 @@ pub struct ExtentQuery {
 /// multiples of the logical block size, no length is 0, no transfer is larger than the limit, and no
 /// write comes to a read-only disk. Several requests may be in flight; overlapping ones without an
 /// order between them leave old or new data of each block.
-pub trait BlockBackend {
+pub trait BlockBackend: std::any::Any {
     /// Size, alignments and abilities. The size may change by [`BlockBackend::resize`] only.
     fn limits(&self) -> Limits;
 
     /// The format's name as people write it: `raw`, `qcow2`.
     fn format_name(&self) -> &'static str;
 
+    /// The file that it is in, as it was opened; `None` if it is in no file of its own.
+    fn file_name(&self) -> Option<Rc<str>> {
+        None
+    }
+
+    /// The image below it, which says what unallocated parts read as.
+    fn backing(&self) -> Option<Rc<dyn BlockBackend>> {
+        None
+    }
+
     /// How many images lie below it.
     fn backing_depth(&self) -> u32 {
-        0
+        self.backing()
+            .map_or(0, |backing| backing.backing_depth() + 1)
     }
 
     /// Fills `buf` from `offset` on.

@@ -6,9 +6,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{BlockBackend, Extent, ExtentQuery, Limits, ZeroFlags};
+use crate::bitmap::DirtyBitmap;
 use crate::buffer::IoBuf;
 use crate::error::{BlockError, ErrorKind, Result};
+use crate::sync::RangeLocks;
 use crate::throttle::{Direction, ThrottleGroup, ThrottleLimits};
+use crate::watch::{Change, StandStill, Traffic, WriteWatcher};
 
 /// When written data reaches stable storage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -118,12 +121,16 @@ pub struct DiskStatistics {
 
 /// A disk: checks every request, applies the policies of [`DiskOptions`], then asks the backend.
 pub struct Disk {
-    backend: Rc<dyn BlockBackend>,
+    backend: RefCell<Rc<dyn BlockBackend>>,
     options: DiskOptions,
     statistics: Cell<DiskStatistics>,
     throttle: RefCell<Arc<ThrottleGroup>>,
     /// Limits are passed over, so that what waits for them ends soon.
     hurry: Cell<bool>,
+    traffic: Rc<Traffic>,
+    ranges: RangeLocks,
+    watchers: RefCell<Rc<[Rc<dyn WriteWatcher>]>>,
+    bitmaps: RefCell<Vec<Rc<DirtyBitmap>>>,
 }
 
 impl Disk {
@@ -140,11 +147,15 @@ impl Disk {
         throttle: Arc<ThrottleGroup>,
     ) -> Self {
         Self {
-            backend,
+            backend: RefCell::new(backend),
             options,
             statistics: Cell::default(),
             throttle: RefCell::new(throttle),
             hurry: Cell::new(false),
+            traffic: Rc::default(),
+            ranges: RangeLocks::default(),
+            watchers: RefCell::new(Rc::new([])),
+            bitmaps: RefCell::default(),
         }
     }
 
@@ -163,9 +174,73 @@ impl Disk {
         group.admit(direction, length, &self.hurry).await
     }
 
-    /// The backend below.
-    pub fn backend(&self) -> &Rc<dyn BlockBackend> {
-        &self.backend
+    /// The backend below. It may be replaced by another whenever the disk does not stand still.
+    pub fn backend(&self) -> Rc<dyn BlockBackend> {
+        self.backend.borrow().clone()
+    }
+
+    /// Waits until no request is under way, and keeps new ones waiting as long as the result lives.
+    pub async fn stand_still(&self) -> StandStill {
+        self.traffic.stop().await
+    }
+
+    /// Puts another backend, which holds the same content, in the place of this one; returns the former.
+    ///
+    /// # Panics
+    ///
+    /// If it is another disk that stands still.
+    pub fn replace_backend(
+        &self,
+        still: &StandStill,
+        backend: Rc<dyn BlockBackend>,
+    ) -> Rc<dyn BlockBackend> {
+        assert!(still.is_of(&self.traffic), "another disk stands still");
+        self.backend.replace(backend)
+    }
+
+    /// From now on `watcher` sees each change.
+    ///
+    /// # Panics
+    ///
+    /// If it is another disk that stands still.
+    pub fn watch(&self, still: &StandStill, watcher: Rc<dyn WriteWatcher>) {
+        assert!(still.is_of(&self.traffic), "another disk stands still");
+        let mut watchers = self.watchers.borrow_mut();
+        *watchers = watchers.iter().cloned().chain([watcher]).collect();
+    }
+
+    /// Ends what [`Self::watch`] began; changes under way may still be told.
+    pub fn unwatch(&self, watcher: &Rc<dyn WriteWatcher>) {
+        let mut watchers = self.watchers.borrow_mut();
+        let others = watchers.iter().filter(|w| !Rc::ptr_eq(w, watcher));
+        let others = others.cloned().collect();
+        *watchers = others;
+    }
+
+    /// The ranges that changes hold while the disk is watched. A job that moves data holds them too.
+    pub fn ranges(&self) -> &RangeLocks {
+        &self.ranges
+    }
+
+    /// The bitmaps that record changes.
+    pub fn bitmaps(&self) -> Vec<Rc<DirtyBitmap>> {
+        self.bitmaps.borrow().clone()
+    }
+
+    /// The bitmap of this name.
+    pub fn bitmap(&self, name: &str) -> Option<Rc<DirtyBitmap>> {
+        let bitmaps = self.bitmaps.borrow();
+        bitmaps.iter().find(|bitmap| bitmap.name() == name).cloned()
+    }
+
+    /// Records changes in one more bitmap, if it is enabled; it follows the disk's size.
+    pub fn add_bitmap(&self, bitmap: Rc<DirtyBitmap>) {
+        self.bitmaps.borrow_mut().push(bitmap);
+    }
+
+    /// Records no more changes in this bitmap.
+    pub fn remove_bitmap(&self, bitmap: &Rc<DirtyBitmap>) {
+        self.bitmaps.borrow_mut().retain(|b| !Rc::ptr_eq(b, bitmap));
     }
 
     /// The policies in force.
@@ -175,7 +250,7 @@ impl Disk {
 
     /// Size, alignments and abilities, after the policies.
     pub fn limits(&self) -> Limits {
-        let mut limits = self.backend.limits();
+        let mut limits = self.backend.borrow().limits();
         limits.read_only |= self.options.read_only;
         if let Some(size) = self.options.logical_block_size {
             limits.logical_block_size = limits.logical_block_size.max(size);
@@ -192,7 +267,7 @@ impl Disk {
 
     /// The size in bytes.
     pub fn size(&self) -> u64 {
-        self.backend.limits().size
+        self.backend.borrow().limits().size
     }
 
     /// The counters.
@@ -209,21 +284,30 @@ impl Disk {
         let (start, length) = (Instant::now(), buf.len() as u64);
         let result = match self.check(offset, length, false) {
             Ok(()) if length == 0 => Ok(()),
-            Ok(()) => self.read_in_parts(offset, buf).await,
+            Ok(()) => self.read_checked(offset, buf).await,
             Err(error) => Err(error),
         };
         self.count(start, length, result, |s| &mut s.reads)
     }
 
-    async fn read_in_parts(&self, offset: u64, buf: IoBuf) -> Result<()> {
-        self.admit(Direction::Read, buf.len() as u64).await?;
-        let max = self.max_part();
+    async fn read_checked(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let length = buf.len() as u64;
+        self.admit(Direction::Read, length).await?;
+        let _passage = self.traffic.enter().await;
+        // The disk may have become smaller meanwhile.
+        self.check(offset, length, false)?;
+        self.read_unseen(offset, buf).await
+    }
+
+    /// Reads past limits and counters, as jobs do; also while the disk stands still. The range has been checked.
+    pub(crate) async fn read_unseen(&self, offset: u64, buf: IoBuf) -> Result<()> {
+        let (backend, max) = (self.backend(), self.max_part());
         if buf.len() <= max {
-            return self.backend.read(offset, buf).await;
+            return backend.read(offset, buf).await;
         }
         for start in (0..buf.len()).step_by(max) {
             let part = buf.slice(start, max.min(buf.len() - start));
-            self.backend.read(offset + start as u64, part).await?;
+            backend.read(offset + start as u64, part).await?;
         }
         Ok(())
     }
@@ -252,21 +336,66 @@ impl Disk {
             DetectZeroes::On => Some(ZeroFlags::empty()),
             DetectZeroes::Unmap => Some(ZeroFlags::MAY_UNMAP),
         };
-        if let Some(flags) = detected {
-            self.backend.write_zeroes(offset, length, flags).await?;
-        } else {
-            let max = self.max_part();
-            if buf.len() <= max {
-                self.backend.write(offset, buf).await?;
-            } else {
-                for start in (0..buf.len()).step_by(max) {
-                    let part = buf.slice(start, max.min(buf.len() - start));
-                    self.backend.write(offset + start as u64, part).await?;
-                }
-            }
-        }
+        let change = match detected {
+            Some(flags) => Change::Zeroes(flags),
+            None => Change::Data(buf),
+        };
+        let _passage = self.traffic.enter().await;
+        // The disk may have become smaller meanwhile.
+        self.check(offset, length, true)?;
+        self.change(offset, length, change).await?;
         self.wrote(offset + length);
         self.after_write(through).await
+    }
+
+    /// Makes a change, and lets those who follow the disk see it.
+    async fn change(&self, offset: u64, length: u64, change: Change) -> Result<()> {
+        let watchers = self.watchers.borrow().clone();
+        if watchers.is_empty() {
+            let result = self.apply(offset, length, &change).await;
+            self.record(offset, length);
+            return result;
+        }
+        let block = watchers.iter().map(|w| w.granularity()).max().unwrap_or(1);
+        let start = offset / block * block;
+        let end = (offset + length).next_multiple_of(block);
+        let _held = self.ranges.lock(start, end - start).await;
+        for watcher in watchers.iter() {
+            watcher.before(offset, length).await?;
+        }
+        let result = self.apply(offset, length, &change).await;
+        self.record(offset, length);
+        let done = result.is_ok();
+        for watcher in watchers.iter() {
+            watcher.after(offset, length, &change, done).await?;
+        }
+        result
+    }
+
+    /// What failed may have been done in part, so it is recorded too.
+    fn record(&self, offset: u64, length: u64) {
+        let bitmaps = self.bitmaps.borrow();
+        for bitmap in bitmaps.iter().filter(|b| b.is_enabled()) {
+            bitmap.set(offset, length);
+        }
+    }
+
+    async fn apply(&self, offset: u64, length: u64, change: &Change) -> Result<()> {
+        let backend = self.backend();
+        let buf = match change {
+            Change::Zeroes(flags) => return backend.write_zeroes(offset, length, *flags).await,
+            Change::Discard => return backend.discard(offset, length).await,
+            Change::Data(buf) => buf,
+        };
+        let max = self.max_part();
+        if buf.len() <= max {
+            return backend.write(offset, buf.clone()).await;
+        }
+        for start in (0..buf.len()).step_by(max) {
+            let part = buf.slice(start, max.min(buf.len() - start));
+            backend.write(offset + start as u64, part).await?;
+        }
+        Ok(())
     }
 
     fn wrote(&self, end: u64) {
@@ -308,7 +437,10 @@ impl Disk {
         through: bool,
     ) -> Result<()> {
         self.admit(Direction::Write, length).await?;
-        self.backend.write_zeroes(offset, length, flags).await?;
+        let _passage = self.traffic.enter().await;
+        self.check(offset, length, true)?;
+        let change = Change::Zeroes(flags);
+        self.change(offset, length, change).await?;
         self.wrote(offset + length);
         self.after_write(through).await
     }
@@ -322,13 +454,17 @@ impl Disk {
         let start = Instant::now();
         let result = match self.check(offset, length, true) {
             Ok(()) if length == 0 || !self.options.discard => Ok(()),
-            Ok(()) => match self.backend.discard(offset, length).await {
-                Ok(()) => self.after_write(false).await,
-                Err(error) => Err(error),
-            },
+            Ok(()) => self.discard_checked(offset, length).await,
             Err(error) => Err(error),
         };
         self.count(start, length, result, |s| &mut s.discards)
+    }
+
+    async fn discard_checked(&self, offset: u64, length: u64) -> Result<()> {
+        let _passage = self.traffic.enter().await;
+        self.check(offset, length, true)?;
+        self.change(offset, length, Change::Discard).await?;
+        self.after_write(false).await
     }
 
     /// When this returns, every write that ended before it began survives a power cut (unless the
@@ -342,7 +478,10 @@ impl Disk {
         let result = match self.options.cache {
             CacheMode::Unsafe => Ok(()),
             _ if self.limits().read_only => Ok(()),
-            _ => self.backend.flush().await,
+            _ => {
+                let _passage = self.traffic.enter().await;
+                self.backend().flush().await
+            }
         };
         self.count(start, 0, result, |s| &mut s.flushes)
     }
@@ -357,7 +496,9 @@ impl Disk {
         if query.length == 0 {
             return Ok(Vec::new());
         }
-        self.backend
+        let _passage = self.traffic.enter().await;
+        self.check_range(query.offset, query.length)?;
+        self.backend()
             .extents(ExtentQuery {
                 limit: query.limit.max(1),
                 ..query
@@ -374,7 +515,12 @@ impl Disk {
         if self.limits().read_only {
             return Err(read_only());
         }
-        self.backend.resize(size).await
+        let _passage = self.traffic.enter().await;
+        self.backend().resize(size).await?;
+        for bitmap in self.bitmaps() {
+            bitmap.resize(size)?;
+        }
+        Ok(())
     }
 
     /// Flushes, and marks the image as cleanly closed. No request may follow.
@@ -383,19 +529,19 @@ impl Disk {
     ///
     /// What the backend reports.
     pub async fn close(&self) -> Result<()> {
-        self.backend.close().await
+        self.backend().close().await
     }
 
     async fn after_write(&self, through: bool) -> Result<()> {
         let wanted = through || self.options.cache.flushes_each_write();
         if wanted && self.options.cache != CacheMode::Unsafe {
-            self.backend.flush().await?;
+            self.backend().flush().await?;
         }
         Ok(())
     }
 
     fn max_part(&self) -> usize {
-        let limits = self.backend.limits();
+        let limits = self.backend.borrow().limits();
         let block = self.limits().logical_block_size.max(1);
         (limits.max_transfer / block * block).max(block) as usize
     }

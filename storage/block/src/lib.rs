@@ -33,12 +33,14 @@ mod error;
 pub mod executor;
 mod file;
 mod gate;
+pub mod job;
 mod lock;
 mod medium;
 mod memory;
 mod raw;
 pub mod sync;
 mod throttle;
+mod watch;
 
 pub use backend::{
     BlockBackend, BlockFuture, Extent, ExtentKind, ExtentQuery, HostRange, Limits, Scope,
@@ -56,3 +58,4 @@ pub use medium::{Medium, SparseRange};
 pub use memory::MemoryMedium;
 pub use raw::RawBackend;
 pub use throttle::{Direction, Rate, ThrottleGroup, ThrottleLimits};
+pub use watch::{Change, StandStill, WriteWatcher};

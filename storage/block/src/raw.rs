@@ -70,6 +70,10 @@ impl BlockBackend for RawBackend {
         "raw"
     }
 
+    fn file_name(&self) -> Option<Rc<str>> {
+        Some(self.medium.name())
+    }
+
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
         self.medium.read(offset, buf)
     }

@@ -84,6 +84,10 @@ impl BlockBackend for ReadOnlyImage {
         self.layout.format()
     }
 
+    fn file_name(&self) -> Option<Rc<str>> {
+        Some(self.layout.medium().name())
+    }
+
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
         Box::pin(async move { mapped::read(&*self.layout, offset, buf).await })
     }

@@ -181,6 +181,10 @@ impl BlockBackend for Luks {
         "luks"
     }
 
+    fn file_name(&self) -> Option<Rc<str>> {
+        Some(self.medium.name())
+    }
+
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
         Box::pin(self.read_part(offset, buf))
     }

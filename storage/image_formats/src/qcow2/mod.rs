@@ -447,9 +447,12 @@ impl BlockBackend for Qcow2 {
         "qcow2"
     }
 
-    fn backing_depth(&self) -> u32 {
-        self.backing()
-            .map_or(0, |backing| backing.backing_depth() + 1)
+    fn file_name(&self) -> Option<Rc<str>> {
+        Some(self.medium.name())
+    }
+
+    fn backing(&self) -> Option<Rc<dyn BlockBackend>> {
+        Self::backing(self)
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {

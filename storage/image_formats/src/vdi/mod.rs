@@ -274,6 +274,10 @@ impl BlockBackend for Vdi {
         "vdi"
     }
 
+    fn file_name(&self) -> Option<Rc<str>> {
+        Some(self.medium.name())
+    }
+
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
         Box::pin(mapped::read(self, offset, buf))
     }

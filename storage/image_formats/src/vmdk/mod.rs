@@ -601,10 +601,12 @@ impl BlockBackend for Vmdk {
         "vmdk"
     }
 
-    fn backing_depth(&self) -> u32 {
-        self.parent
-            .as_ref()
-            .map_or(0, |parent| parent.backing_depth() + 1)
+    fn file_name(&self) -> Option<Rc<str>> {
+        Some(self.medium.name())
+    }
+
+    fn backing(&self) -> Option<Rc<dyn BlockBackend>> {
+        self.parent.clone()
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> BlockFuture<'_, ()> {
