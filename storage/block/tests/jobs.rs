@@ -303,7 +303,8 @@ async fn mirrored(seed: u64, copy_mode: CopyMode, pivot: bool) {
     }
     job.settle().await.unwrap();
     job.end(Ok(())).await;
-    let last = &told.borrow()[told.borrow().len() - 5..];
+    let told = told.borrow().clone();
+    let last = &told[told.len() - 5..];
     assert_eq!(
         last,
         [
@@ -419,7 +420,7 @@ fn a_backup_of_nothing_keeps_what_is_overwritten() {
         assert!(found[granule.end..].iter().all(|b| *b == 0));
         job.cancel(false).unwrap();
         running.await;
-        let told = told.borrow();
+        let told = told.borrow().clone();
         assert!(told.contains(&JobEvent::Cancelled) && !told.contains(&JobEvent::Completed));
         // Nothing is kept any more.
         let buf = IoBuf::from_slice(&[0xee; 512]);

@@ -4,6 +4,7 @@
 #![allow(clippy::cast_possible_truncation)]
 
 pub mod bochs;
+pub mod chain;
 pub mod cloop;
 pub mod copy;
 pub mod deflate;

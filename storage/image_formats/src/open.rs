@@ -473,7 +473,7 @@ impl Opener {
 }
 
 /// Device and inode of a local file.
-fn identity(name: &str) -> Option<(u64, u64)> {
+pub(crate) fn identity(name: &str) -> Option<(u64, u64)> {
     use std::os::unix::fs::MetadataExt;
     let file = std::fs::metadata(local_path(name).ok()?).ok()?;
     Some((file.dev(), file.ino()))

@@ -423,10 +423,15 @@ impl Job {
 
     /// Counts bytes as done, and against the speed limit.
     pub fn did(&self, bytes: u64) {
-        self.done.set(self.done.get() + bytes);
-        self.remaining
-            .set(self.remaining.get().saturating_sub(bytes));
+        self.count_skipped(bytes);
         self.speed.count(bytes);
+    }
+
+    /// Counts bytes as done that cost nothing.
+    pub fn count_skipped(&self, bytes: u64) {
+        self.done.set(self.done.get() + bytes);
+        let remaining = self.remaining.get().saturating_sub(bytes);
+        self.remaining.set(remaining);
     }
 
     /// Says how much is left to do.
