@@ -45,10 +45,15 @@ impl Qmp {
         }
     }
 
+    /// The next event, whichever it is.
+    pub(crate) fn next_event(&mut self) -> serde_json::Value {
+        self.events.pop_front().unwrap_or_else(|| self.read())
+    }
+
     /// Waits for an event.
     pub(crate) fn hear(&mut self, event: &str) -> serde_json::Value {
         loop {
-            let message = self.events.pop_front().unwrap_or_else(|| self.read());
+            let message = self.next_event();
             if message["event"] == event {
                 return message["data"].clone();
             }

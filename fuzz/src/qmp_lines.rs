@@ -11,6 +11,12 @@ use qmp::{Control, Meaning, RunState, Server, Statistics};
 struct Machine;
 
 impl Control for Machine {
+    fn jobs(&self) -> Vec<qmp::JobReport> {
+        Vec::new()
+    }
+    fn block(&self, _call: qmp::BlockCall) -> Result<(), String> {
+        Ok(())
+    }
     fn disks(&self) -> Vec<qmp::DiskReport> {
         vec![qmp::DiskReport {
             name: "disk0".into(),
@@ -27,6 +33,7 @@ impl Control for Machine {
             group: "disk0".into(),
             limits: block::ThrottleLimits::default(),
             statistics: block::DiskStatistics::default(),
+            bitmaps: Vec::new(),
         }]
     }
     fn set_throttle(&self, _: &str, _: Option<&str>, _: block::ThrottleLimits) {}

@@ -98,19 +98,31 @@ fn is_installed(package: &str) -> bool {
 
 /// Installs those of Debian's packages that are missing.
 pub(crate) fn need_packages(packages: &[&str]) -> Result<()> {
-    let missing: Vec<&str> = packages
-        .iter()
-        .copied()
-        .filter(|p| !is_installed(p))
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
+    let missing = || -> Vec<&str> {
+        let names = packages.iter().copied();
+        names.filter(|p| !is_installed(p)).collect()
+    };
+    // One package may put another out that comes from a different release of Debian (qemu-system-x86 a newer
+    // qemu-utils); that one is then missing, and fits when it is installed next.
+    for _ in 0..2 {
+        let names = missing();
+        if names.is_empty() {
+            return Ok(());
+        }
+        install(&names)?;
     }
+    match missing()[..] {
+        [] => Ok(()),
+        [name, ..] => Err(format!("{name}: apt-get put it out for another package").into()),
+    }
+}
+
+fn install(packages: &[&str]) -> Result<()> {
     update_package_lists()?;
     let mut install = as_root("apt-get");
     install
         .args(["install", "-y", "-q", "--no-install-recommends"])
-        .args(&missing);
+        .args(packages);
     install.env("DEBIAN_FRONTEND", "noninteractive");
     eprintln!("+ {}", line(&install));
     run_quietly(&mut install).map(|_| ())

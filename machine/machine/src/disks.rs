@@ -1,21 +1,26 @@
 //! Disks from the specification, and what monitors ask of them.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::os::unix::fs::MetadataExt;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use block::executor::{EngineKind, IoThread};
 use block::{
-    BlockError, CacheMode, DetectZeroes, Disk, DiskOptions, ThrottleGroup, ThrottleLimits,
+    BlockError, CacheMode, DetectZeroes, DirtyBitmap, Disk, DiskOptions, ThrottleGroup,
+    ThrottleLimits,
 };
+use image_formats::chain::{self, Overlay};
 use image_formats::luks::Secret;
 use image_formats::{External, ImageOptions, open_image};
 use parking_lot::Mutex;
-use qmp::{DiskReport, IoStatus};
+use qmp::{BitmapReport, BlockCall, DiskReport, IoStatus, JobReport, JobRequest};
 use virtio::blk::{Blk, BlkHandle, BlkOptions, ErrorAction, ErrorPolicy, IoFailure};
 use vm_spec::{Aio, Discard, DiskSpec, SecretSpec};
 
 use crate::MachineError;
+use crate::jobs::{self, Registry, Surroundings};
 use crate::lifecycle::{Lifecycle, Request};
 
 /// Most request queues that a disk gets by itself.
@@ -51,14 +56,10 @@ fn policy(policy: vm_spec::ErrorPolicy) -> ErrorPolicy {
     }
 }
 
-/// Opens a disk on the thread that will serve it.
-async fn open(
-    spec: DiskSpec,
-    secret: Option<Secret>,
-    throttle: Arc<ThrottleGroup>,
-) -> block::Result<Disk> {
-    let options = options(&spec);
-    let image = ImageOptions {
+/// How a disk's image is opened.
+fn image_options(spec: &DiskSpec, secret: Option<Secret>) -> ImageOptions {
+    let options = options(spec);
+    ImageOptions {
         format: spec.format.map(|format| format.as_str().to_owned()),
         write: !spec.read_only,
         cache: options.cache,
@@ -68,7 +69,16 @@ async fn open(
         snapshot: spec.snapshot,
         secret,
         ..ImageOptions::default()
-    };
+    }
+}
+
+/// Opens a disk on the thread that will serve it.
+async fn open(
+    spec: DiskSpec,
+    secret: Option<Secret>,
+    throttle: Arc<ThrottleGroup>,
+) -> block::Result<Disk> {
+    let image = image_options(&spec, secret);
     let name = spec.path.to_string_lossy();
     let image = open_image(&name, &image).await?;
     if !spec.read_only && image.backend.limits().read_only {
@@ -76,7 +86,7 @@ async fn open(
             "'{name}' can only be read: expected readonly=on or snapshot=on"
         )));
     }
-    Ok(Disk::throttled(image.backend, options, throttle))
+    Ok(Disk::throttled(image.backend, options(&spec), throttle))
 }
 
 /// A disk of the machine, for monitors.
@@ -95,6 +105,7 @@ pub(crate) struct Disks {
     groups: Arc<Mutex<BTreeMap<String, Arc<ThrottleGroup>>>>,
     /// Files with passwords, by the ids that disks name.
     secrets: Vec<SecretSpec>,
+    jobs: Registry,
 }
 
 impl Disks {
@@ -197,11 +208,114 @@ impl Disks {
     /// Gives a disk another size in bytes.
     pub(crate) fn resize(&self, name: &str, size: u64) -> Result<(), String> {
         let disk = self.find(name).ok_or("there is no such disk")?;
+        self.check_idle(name)?;
         disk.handle.resize(size).map_err(|why| why.to_string())
     }
 }
 
+/// Jobs.
+impl Disks {
+    /// What all jobs are.
+    pub(crate) fn jobs(&self) -> Vec<JobReport> {
+        let names: Vec<String> = self.jobs.lock().values().cloned().collect();
+        let disks = names.iter().filter_map(|name| self.find(name));
+        disks
+            .filter_map(|disk| disk.handle.on_disk(|_| async { jobs::here() }).flatten())
+            .collect()
+    }
+
+    fn check_idle(&self, disk: &str) -> Result<(), String> {
+        let jobs = self.jobs.lock();
+        match jobs.iter().find(|(_, on)| *on == disk) {
+            Some((job, _)) => Err(format!(
+                "Node '{disk}' is busy: block device is in use by block job '{job}'"
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Does something with a disk, as a monitor asks.
+    pub(crate) fn block(&self, call: BlockCall, lifecycle: &Arc<Lifecycle>) -> Result<(), String> {
+        let find = |name: &str| self.find(name).ok_or("there is no such disk");
+        match call {
+            BlockCall::Begin(request) => self.begin(request, lifecycle),
+            BlockCall::Steer { id, verb } => {
+                let disk = self.jobs.lock().get(&id).cloned();
+                let disk = disk.ok_or("Job not found")?;
+                find(&disk)?.on_thread(move |_| async move { jobs::steer(verb) })
+            }
+            BlockCall::Overlay {
+                disk,
+                file,
+                existing,
+            } => {
+                self.check_idle(&disk)?;
+                let disk = find(&disk)?;
+                let options = self.permanent(disk)?;
+                disk.on_thread(move |disk| async move {
+                    let overlay = Overlay { file, existing };
+                    chain::put_overlay(&disk, &overlay, &options).await
+                })
+            }
+            BlockCall::Bitmap { disk, name, verb } => {
+                find(&disk)?.on_thread(move |disk| async move { jobs::bitmap(&disk, &name, verb) })
+            }
+        }
+    }
+
+    /// How a disk was opened whose images have names.
+    fn permanent(&self, disk: &Controlled) -> Result<ImageOptions, String> {
+        if disk.spec.snapshot {
+            let name = &disk.name;
+            return Err(format!(
+                "'{name}' is temporary: expected a disk without snapshot=on"
+            ));
+        }
+        let secret = self.secret(&disk.spec).map_err(|e| e.to_string())?;
+        Ok(image_options(&disk.spec, secret))
+    }
+
+    fn begin(&self, request: JobRequest, lifecycle: &Arc<Lifecycle>) -> Result<(), String> {
+        let disk = self.find(&request.disk).ok_or("there is no such disk")?;
+        let options = self.permanent(disk)?;
+        let (id, name) = (request.id.clone(), request.disk.clone());
+        if self.jobs.lock().contains_key(&id) {
+            return Err(format!("Job ID '{id}' already in use"));
+        }
+        self.check_idle(&name)?;
+        self.jobs.lock().insert(id.clone(), name);
+        let around = Surroundings {
+            registry: self.jobs.clone(),
+            lifecycle: lifecycle.clone(),
+            options,
+        };
+        let begun = disk.on_thread(move |disk| jobs::begin(disk, request, around));
+        if begun.is_err() {
+            self.jobs.lock().remove(&id);
+        }
+        begun
+    }
+
+    /// Ends all jobs, because the machine ends.
+    pub(crate) fn end_jobs(&self) {
+        for disk in &self.disks {
+            disk.handle.on_disk(|_| jobs::end());
+        }
+    }
+}
+
 impl Controlled {
+    /// Runs something on the disk's thread.
+    fn on_thread<F, Fut>(&self, f: F) -> Result<(), String>
+    where
+        F: FnOnce(Rc<Disk>) -> Fut + Send + 'static,
+        Fut: Future<Output = block::Result<()>> + 'static,
+    {
+        let done = self.handle.on_disk(f);
+        let done = done.ok_or("the disk has been closed")?;
+        done.map_err(|error| error.one_line())
+    }
+
     fn note(&self, failure: &IoFailure) {
         if failure.action == ErrorAction::Stop {
             *self.io_status.lock() = if failure.no_space {
@@ -216,14 +330,17 @@ impl Controlled {
         let state = self.handle.state()?;
         let options = options(&self.spec);
         let group = self.throttle.lock().clone();
-        let metadata = std::fs::metadata(&self.spec.path).ok();
-        let file = metadata.filter(std::fs::Metadata::is_file);
+        // A job may have brought the disk to another file.
+        let named = state.file.filter(|_| !self.spec.snapshot);
+        let file = named.unwrap_or_else(|| self.spec.path.to_string_lossy().into_owned());
+        let metadata = std::fs::metadata(&file).ok();
+        let stored = metadata.filter(std::fs::Metadata::is_file);
         Some(DiskReport {
             name: self.name.clone(),
-            file: self.spec.path.to_string_lossy().into_owned(),
+            file,
             format: state.format,
             size: state.limits.size,
-            allocated: file.map(|file| file.blocks() * 512),
+            allocated: stored.map(|file| file.blocks() * 512),
             backing_depth: state.backing_depth,
             read_only: state.limits.read_only,
             encrypted: self.spec.key_secret.is_some(),
@@ -233,8 +350,20 @@ impl Controlled {
             group: group.name().to_owned(),
             limits: group.limits(),
             statistics: state.statistics,
+            bitmaps: self.handle.on_disk(bitmaps).unwrap_or_default(),
         })
     }
+}
+
+async fn bitmaps(disk: Rc<Disk>) -> Vec<BitmapReport> {
+    let report = |bitmap: &Rc<DirtyBitmap>| BitmapReport {
+        name: bitmap.name().to_owned(),
+        count: bitmap.dirty_bytes(),
+        granularity: bitmap.granularity(),
+        recording: bitmap.is_enabled(),
+        busy: bitmap.is_busy(),
+    };
+    disk.bitmaps().iter().map(report).collect()
 }
 
 fn virtio_disk(

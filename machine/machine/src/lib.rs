@@ -12,6 +12,7 @@ mod error;
 mod event_rate;
 pub mod firmware;
 mod io;
+mod jobs;
 mod lifecycle;
 pub mod loader;
 pub mod memory_map;

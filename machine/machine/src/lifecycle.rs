@@ -9,9 +9,11 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use accel::{CpuIo, Exit, Vcpu, VcpuHandle, VcpuStatistics};
+use block::job::JobEvent;
 use device_model::{PowerControl, PowerEvent};
 use guest_clock::GuestClock;
 use parking_lot::{Condvar, Mutex};
+use qmp::JobReport;
 use virtio::blk::IoFailure;
 
 use crate::loader::Entry;
@@ -41,6 +43,13 @@ pub(crate) enum Request {
         device: String,
         /// What happened.
         failure: IoFailure,
+    },
+    /// A job on a disk tells something.
+    Job {
+        /// The job at that moment.
+        report: JobReport,
+        /// What it tells.
+        event: JobEvent,
     },
     /// End for a person.
     Quit,

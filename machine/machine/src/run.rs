@@ -12,7 +12,7 @@ use block::ThrottleLimits;
 use device_model::{PowerEvent, ResetKind};
 use guest_clock::GuestClock;
 use guest_memory::{BackingOptions, GuestMemory};
-use qmp::{Control, DiskReport, Event, IoErrorAction, RunState, Server};
+use qmp::{BlockCall, Control, DiskReport, Event, IoErrorAction, JobReport, RunState, Server};
 use virtio::blk::{ErrorAction, IoFailure};
 use vm_spec::VmSpec;
 
@@ -308,6 +308,7 @@ impl Machine {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.controls.disks.end_jobs();
         self.board.drain(DRAIN);
         if options.statistics {
             let lines = statistics::report(&self.lifecycle.statistics(), self.lifecycle.elapsed());
@@ -371,6 +372,7 @@ impl Machine {
                         tell(Event::Stop);
                     }
                 }
+                Request::Job { report, event } => tell(Event::Job { report, event }),
                 Request::Continue => {
                     if self.paused {
                         self.paused = false;
@@ -580,6 +582,14 @@ impl Control for QmpControl {
 
     fn resize_disk(&self, disk: &str, size: u64) -> Result<(), String> {
         self.controls.disks.resize(disk, size)
+    }
+
+    fn jobs(&self) -> Vec<JobReport> {
+        self.controls.disks.jobs()
+    }
+
+    fn block(&self, call: BlockCall) -> Result<(), String> {
+        self.controls.disks.block(call, &self.lifecycle)
     }
 
     fn statistics(&self) -> qmp::Statistics {

@@ -48,6 +48,23 @@ pub struct DiskReport {
     pub limits: ThrottleLimits,
     /// What it has done.
     pub statistics: DiskStatistics,
+    /// The bitmaps that record what is written.
+    pub bitmaps: Vec<BitmapReport>,
+}
+
+/// A bitmap as a client hears of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BitmapReport {
+    /// Its name.
+    pub name: String,
+    /// Bytes that are dirty.
+    pub count: u64,
+    /// Bytes for each bit.
+    pub granularity: u32,
+    /// It records.
+    pub recording: bool,
+    /// A job uses it.
+    pub busy: bool,
 }
 
 fn not_found(name: &str) -> Refusal {
@@ -117,7 +134,22 @@ fn inserted(disk: &DiskReport) -> Value {
         object.insert(key.into(), value);
     }
     put_limits(disk, &mut object);
+    if !disk.bitmaps.is_empty() {
+        let bitmaps = disk.bitmaps.iter().map(bitmap).collect();
+        object.insert("dirty-bitmaps".into(), bitmaps);
+    }
     Value::Object(object)
+}
+
+fn bitmap(bitmap: &BitmapReport) -> Value {
+    json!({
+        "name": bitmap.name,
+        "count": bitmap.count,
+        "granularity": bitmap.granularity,
+        "recording": bitmap.recording,
+        "busy": bitmap.busy,
+        "persistent": false,
+    })
 }
 
 pub(crate) fn query_block(machine: &dyn Control) -> Value {

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use ::block::ThrottleLimits;
 
 use crate::block::{self, DiskReport};
+use crate::jobs::{self, BlockCall, JobReport};
 use crate::statistics::{self, Meaning, Statistics};
 
 /// QEMU's names of run states (`qapi/run-state.json`) that the machine can be in.
@@ -69,6 +70,13 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// Why it can't have that.
     fn resize_disk(&self, disk: &str, size: u64) -> Result<(), String>;
+    /// The jobs on disks.
+    fn jobs(&self) -> Vec<JobReport>;
+    /// Does something with disks; the names of disks and of jobs to be steered are there.
+    ///
+    /// # Errors
+    /// Why it can't be done.
+    fn block(&self, call: BlockCall) -> Result<(), String>;
     /// What the machine and its vCPUs have done so far. The figures of the machine and of each vCPU have the names of
     /// [`Self::statistics_names`].
     fn statistics(&self) -> Statistics;
@@ -79,7 +87,7 @@ pub trait Control: Send + Sync {
 /// QEMU's error classes.
 pub(crate) const GENERIC: &str = "GenericError";
 pub(crate) const NOT_FOUND: &str = "CommandNotFound";
-const DEVICE_NOT_ACTIVE: &str = "DeviceNotActive";
+pub(crate) const DEVICE_NOT_ACTIVE: &str = "DeviceNotActive";
 pub(crate) const DEVICE_NOT_FOUND: &str = "DeviceNotFound";
 
 /// An error as it goes over the wire.
@@ -279,6 +287,35 @@ const COMMANDS: &[(&str, Run)] = &[
         Run::With(block::block_set_io_throttle),
     ),
     ("block_resize", Run::With(block::block_resize)),
+    ("query-block-jobs", Run::Ask(jobs::query_block_jobs)),
+    ("query-jobs", Run::Ask(jobs::query_jobs)),
+    ("drive-mirror", Run::With(jobs::drive_mirror)),
+    ("drive-backup", Run::With(jobs::drive_backup)),
+    ("block-stream", Run::With(jobs::block_stream)),
+    ("block-commit", Run::With(jobs::block_commit)),
+    ("blockdev-snapshot-sync", Run::With(jobs::snapshot_sync)),
+    ("block-job-cancel", Run::With(jobs::block_job_cancel)),
+    ("block-job-complete", Run::With(jobs::block_job_complete)),
+    ("block-job-dismiss", Run::With(jobs::block_job_dismiss)),
+    ("block-job-finalize", Run::With(jobs::block_job_finalize)),
+    ("block-job-pause", Run::With(jobs::block_job_pause)),
+    ("block-job-resume", Run::With(jobs::block_job_resume)),
+    ("block-job-set-speed", Run::With(jobs::block_job_set_speed)),
+    ("job-cancel", Run::With(jobs::job_cancel)),
+    ("job-complete", Run::With(jobs::job_complete)),
+    ("job-dismiss", Run::With(jobs::job_dismiss)),
+    ("job-finalize", Run::With(jobs::job_finalize)),
+    ("job-pause", Run::With(jobs::job_pause)),
+    ("job-resume", Run::With(jobs::job_resume)),
+    ("block-dirty-bitmap-add", Run::With(jobs::bitmap_add)),
+    ("block-dirty-bitmap-clear", Run::With(jobs::bitmap_clear)),
+    (
+        "block-dirty-bitmap-disable",
+        Run::With(jobs::bitmap_disable),
+    ),
+    ("block-dirty-bitmap-enable", Run::With(jobs::bitmap_enable)),
+    ("block-dirty-bitmap-merge", Run::With(jobs::bitmap_merge)),
+    ("block-dirty-bitmap-remove", Run::With(jobs::bitmap_remove)),
     ("query-stats", Run::With(statistics::query)),
     ("query-stats-schemas", Run::With(statistics::schemas)),
 ];

@@ -2,7 +2,10 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ::block::job::JobEvent;
 use serde_json::{Value, json};
+
+use crate::jobs::JobReport;
 
 /// What was done about a failure of the host's to read or write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +61,13 @@ pub enum Event {
         /// What happened, in a line.
         reason: String,
     },
+    /// A job tells something.
+    Job {
+        /// The job at that moment.
+        report: JobReport,
+        /// What it tells.
+        event: JobEvent,
+    },
 }
 
 impl Event {
@@ -95,6 +105,10 @@ impl Event {
                     "reason": reason,
                 });
                 ("BLOCK_IO_ERROR", Some(data))
+            }
+            Self::Job { report, event } => {
+                let (name, data) = report.event(*event);
+                (name, Some(data))
             }
             Self::GuestPanicked => ("GUEST_PANICKED", Some(json!({ "action": "run" }))),
         };

@@ -7,11 +7,13 @@ mod block;
 mod client;
 mod commands;
 mod event;
+mod jobs;
 mod server;
 mod statistics;
 
-pub use block::{DiskReport, IoStatus};
+pub use block::{BitmapReport, DiskReport, IoStatus};
 pub use commands::{Control, RunState};
 pub use event::{Event, IoErrorAction};
+pub use jobs::{BitmapVerb, BlockCall, JobReport, JobRequest, JobVerb, JobWork, Sync, Target};
 pub use server::{Server, ServerError};
 pub use statistics::{Figure, Meaning, Statistics};

@@ -192,6 +192,7 @@ mod tests {
                     },
                     ..DiskStatistics::default()
                 },
+                bitmaps: Vec::new(),
             }]
         }
         fn set_throttle(&self, disk: &str, group: Option<&str>, limits: ThrottleLimits) {
@@ -203,6 +204,12 @@ mod tests {
                 return Err("too large".into());
             }
             Ok(())
+        }
+        fn jobs(&self) -> Vec<crate::JobReport> {
+            Vec::new()
+        }
+        fn block(&self, _call: crate::BlockCall) -> Result<(), String> {
+            Err("refused".into())
         }
         fn statistics(&self) -> crate::Statistics {
             crate::Statistics {

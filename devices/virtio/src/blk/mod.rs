@@ -277,8 +277,10 @@ impl Core {
 }
 
 /// What a disk is and has done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlkState {
+    /// The image's file, if it is in one.
+    pub file: Option<String>,
     /// The image's format.
     pub format: &'static str,
     /// Its size and abilities.
@@ -295,12 +297,23 @@ impl BlkHandle {
         self.0.on_thread(|unit| async move {
             let disk = &unit.shared.disk;
             BlkState {
+                file: disk.backend().file_name().map(|name| name.to_string()),
                 format: disk.backend().format_name(),
                 limits: disk.limits(),
                 backing_depth: disk.backend().backing_depth(),
                 statistics: disk.statistics(),
             }
         })
+    }
+
+    /// Runs something with the disk on its thread, and waits for that; `None` when the disk has been closed.
+    pub fn on_disk<T, F, Fut>(&self, f: F) -> Option<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(Rc<Disk>) -> Fut + Send + 'static,
+        Fut: Future<Output = T> + 'static,
+    {
+        self.0.on_thread(move |unit| f(unit.shared.disk.clone()))
     }
 
     /// Has failures of the host's told to `sink`.

@@ -28,7 +28,12 @@ pub struct Commit {
 }
 
 impl Commit {
-    fn check(&self, disk: &Disk) -> Result<()> {
+    /// Whether it can be done.
+    ///
+    /// # Errors
+    ///
+    /// One line that says why not.
+    pub fn check(&self, disk: &Disk) -> Result<()> {
         need_writable(disk)?;
         let images = layers(&disk.backend());
         if self.top >= self.base || self.base >= images.len() {
