@@ -262,3 +262,72 @@ fn under_our_own_name_images_cannot_name_files_elsewhere() {
     );
     assert!(std::fs::read(inside.path().join("o.raw")).unwrap() == [7; 65536]);
 }
+
+#[test]
+fn info_of_a_file_is_told_from_a_sandbox() {
+    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let directory = tempfile::tempdir_in(scratch).unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_corten"));
+    let corten = |arguments: &[&str]| {
+        let arguments = [&["img"], arguments].concat();
+        let mut command = Command::new(program);
+        let output = command
+            .args(arguments)
+            .current_dir(directory.path())
+            .output();
+        let output = output.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let (out, error) = (text(&output.stdout), text(&output.stderr));
+        (output.status.code(), out, error)
+    };
+    // Images of one file and of several: the child has to ask for the others.
+    let elsewhere = tempfile::tempdir_in(scratch).unwrap();
+    let data = elsewhere.path().join("data").display().to_string();
+    let images: [(&str, &[&str]); 4] = [
+        ("plain", &["-f", "qcow2"]),
+        (
+            "flat.vmdk",
+            &["-f", "vmdk", "-o", "subformat=monolithicFlat"],
+        ),
+        ("here", &["-f", "qcow2", "-o", "data_file=here.data"]),
+        (
+            "there",
+            &["-f", "qcow2", "-o", &format!("data_file={data}")],
+        ),
+    ];
+    for (name, options) in images {
+        let create = [&["create", "-q", "-E"], options, &[name, "8M"]].concat();
+        assert_eq!(corten(&create).0, Some(0), "{name}");
+        let outside = name == "there";
+        let (code, text, error) = corten(&["info", name]);
+        assert_eq!(code, Some(i32::from(outside)), "{name}: {error}");
+        if outside {
+            let refused = error.contains(&data) && error.contains("--allow-external");
+            assert!(refused && error.lines().count() == 1, "{error}");
+        } else {
+            let here = corten(&["info", "--no-sandbox", name]).1;
+            let disk_size = |line: &&str| !line.contains("disk size");
+            let lines = |text: &str| -> Vec<String> {
+                let lines = text.lines().filter(disk_size);
+                lines.map(str::to_owned).collect()
+            };
+            assert_eq!(lines(&text), lines(&here), "{name}");
+            assert!(text.contains("virtual size: 8 MiB"), "{text}");
+        }
+        assert_eq!(corten(&["info", "--allow-external", name]).0, Some(0));
+    }
+    // A chain leads out of the directory only if that is allowed.
+    let base = elsewhere.path().join("base").display().to_string();
+    std::fs::write(&base, vec![0; 8 << 20]).unwrap();
+    let create = [
+        "create", "-q", "-E", "-f", "qcow2", "-b", &base, "-F", "raw", "top",
+    ];
+    assert_eq!(corten(&create).0, Some(0));
+    let (code, _, error) = corten(&["info", "--backing-chain", "top"]);
+    assert!(code == Some(1) && error.contains(&base), "{error}");
+    let (code, text, _) = corten(&["info", "-C", "--allow-external", "top"]);
+    assert!(
+        code == Some(0) && text.matches("image: ").count() == 2,
+        "{text}"
+    );
+}

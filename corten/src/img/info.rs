@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
+use block::{BlockError, ImplicitFile};
 use image_formats::qcow2::{Autoclear, Compatible, Incompatible, Qcow2};
 use image_formats::{
     Image, ImageOptions, Property, Value as PropertyValue, local_path, open_image, resolve_name,
@@ -10,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{flag, value};
 use super::output::{self, human_size, say};
-use super::{Failure, Outcome, Tool, bitmap, formats, snapshot};
+use super::{Failure, Outcome, Tool, bitmap, confined, formats, snapshot};
 
 /// What is known of one layer.
 struct Layer {
@@ -22,7 +23,7 @@ struct Layer {
     image: Image,
 }
 
-pub(crate) async fn info(tool: Tool, rest: &[String]) -> Outcome {
+pub(crate) fn info(tool: Tool, rest: &[String]) -> Outcome {
     let specs = [
         value('f', "format"),
         value('J', "output"),
@@ -31,6 +32,7 @@ pub(crate) async fn info(tool: Tool, rest: &[String]) -> Outcome {
         flag('I', "image-opts"),
         value('t', "cache"),
         flag('L', "limits"),
+        flag('N', "no-sandbox"),
     ];
     let parsed = tool.parse(rest, &specs)?;
     let json = parsed.json()?;
@@ -42,31 +44,104 @@ pub(crate) async fn info(tool: Tool, rest: &[String]) -> Outcome {
         for_check: true,
         ..tool.options(&parsed)
     };
-    let mut layers = Vec::new();
+    let (mut names, mut looks) = (Vec::new(), Vec::new());
     loop {
-        if layers.iter().any(|layer: &Layer| layer.name == name) {
+        if names.contains(&name) {
             let message = format!("Backing file '{name}' creates an infinite loop.");
             return Err(Failure::plain(message));
         }
-        let layer = look(&name, &options).await?;
-        let next = parsed.has('C').then(|| below(&layer)).flatten();
-        layers.push(layer);
-        let Some((below, format)) = next else { break };
+        let look = look(tool, parsed.has('N'), &name, &options)?;
+        let next = parsed.has('C').then(|| below(&look)).flatten();
+        let next = next.map(|(below, format)| {
+            let why = ImplicitFile::Backing {
+                format: format.clone(),
+            };
+            let admitted = options.external.admit(&name, &below, &why)?;
+            Ok::<_, BlockError>((admitted, format))
+        });
+        looks.push(look);
+        names.push(name);
+        let Some((below, format)) = next.transpose()? else {
+            break;
+        };
         (name, options.format) = (below, format);
     }
     if json {
-        let values: Vec<Value> = layers.iter().map(as_json).collect();
-        let first = values.first().cloned().unwrap_or_default();
+        let mut values: Vec<Value> = looks.iter_mut().map(|look| look["json"].take()).collect();
         say(output::json(&if parsed.has('C') {
             Value::Array(values)
         } else {
-            first
+            values.swap_remove(0)
         }));
     } else {
-        let texts: Vec<String> = layers.iter().map(as_text).collect();
+        let texts: Vec<&str> = looks.iter().filter_map(|l| l["text"].as_str()).collect();
         say(texts.join("\n\n"));
     }
     Ok(())
+}
+
+/// Looks at an image, in a sandbox if it may be hostile.
+fn look(tool: Tool, trusted: bool, name: &str, options: &ImageOptions) -> Result<Value, Failure> {
+    if trusted || nbd::NbdName::is_nbd(name) {
+        return look_here(name, options);
+    }
+    let confined = confined::look(name, options, |image, blocks| {
+        Layer::new(name, image, Some(blocks)).told()
+    });
+    match confined? {
+        Some(told) => Ok(told),
+        // The old tool has no sandbox anywhere.
+        None if tool.compatible => look_here(name, options),
+        None => Err(Failure::plain(format!(
+            "cannot look at '{name}': the kernel does not let a sandbox be made (--no-sandbox)"
+        ))),
+    }
+}
+
+/// Looks at an image in this process: one that comes over a network, or as the user demands.
+fn look_here(name: &str, options: &ImageOptions) -> Result<Value, Failure> {
+    let looked = block::executor::block_on(async {
+        let image = open_image(name, options).await?;
+        let disk_size = if nbd::NbdName::is_nbd(name) {
+            // Only the server knows.
+            None
+        } else {
+            let metadata = std::fs::metadata(local_path(name)?)
+                .map_err(|e| Failure::plain(format!("cannot look at '{name}': {e}")))?;
+            let format = image.format.as_ref();
+            let files = format.map_or(Vec::new(), |f| f.describe().files);
+            let others = files.iter().filter_map(|file| std::fs::metadata(file).ok());
+            let blocks = others.fold(metadata.blocks(), |sum, m| sum + m.blocks());
+            Some(blocks * 512)
+        };
+        Ok(Layer::new(name, image, disk_size).told())
+    });
+    looked?
+}
+
+impl Layer {
+    fn new(name: &str, image: Image, disk_size: Option<u64>) -> Self {
+        Self {
+            name: name.to_owned(),
+            format: image.backend.format_name(),
+            size: image.backend.limits().size,
+            file_length: image.medium.len(),
+            disk_size,
+            image,
+        }
+    }
+
+    /// All that is said of it, for people and for programs.
+    fn told(&self) -> Value {
+        let (json, text) = (as_json(self), as_text(self));
+        json!({ "json": json, "text": text, "below": backing(self) })
+    }
+}
+
+/// What is below an image of which this was told: the name as stored, and its format.
+fn below(told: &Value) -> Option<(String, Option<String>)> {
+    let (name, format) = (told["below"][0].as_str()?, told["below"][1].as_str());
+    Some((name.to_owned(), format.map(str::to_owned)))
 }
 
 /// What a layer says is below it: the name as stored, and its format.
@@ -77,35 +152,6 @@ fn backing(layer: &Layer) -> Option<(String, Option<String>)> {
     }
     let description = layer.image.format.as_ref()?.describe();
     Some((description.backing_file?, description.backing_format))
-}
-
-fn below(layer: &Layer) -> Option<(String, Option<String>)> {
-    let (name, format) = backing(layer)?;
-    Some((resolve_name(&layer.name, &name), format))
-}
-
-async fn look(name: &str, options: &ImageOptions) -> Result<Layer, Failure> {
-    let image = open_image(name, options).await?;
-    let disk_size = if nbd::NbdName::is_nbd(name) {
-        // Only the server knows.
-        None
-    } else {
-        let metadata = std::fs::metadata(local_path(name)?)
-            .map_err(|e| Failure::plain(format!("cannot look at '{name}': {e}")))?;
-        let format = image.format.as_ref();
-        let files = format.map_or(Vec::new(), |f| f.describe().files);
-        let others = files.iter().filter_map(|file| std::fs::metadata(file).ok());
-        let blocks = others.fold(metadata.blocks(), |sum, m| sum + m.blocks());
-        Some(blocks * 512)
-    };
-    Ok(Layer {
-        name: name.to_owned(),
-        format: image.backend.format_name(),
-        size: image.backend.limits().size,
-        file_length: image.medium.len(),
-        disk_size,
-        image,
-    })
 }
 
 fn specific(layer: &Layer) -> Option<Vec<Property>> {

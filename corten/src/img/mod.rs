@@ -11,6 +11,7 @@ pub(crate) mod args;
 mod bitmap;
 mod check;
 mod clouds;
+mod confined;
 pub(crate) mod convert;
 pub(crate) mod create;
 mod formats;
@@ -149,8 +150,12 @@ pub(crate) fn main(arguments: &[String], compatible: bool) -> ExitCode {
         }
         _ => {}
     }
-    let outcome =
-        block::executor::block_on(run(tool, verb, rest)).unwrap_or_else(|e| Err(e.into()));
+    let outcome = if verb == "info" {
+        // Its sandbox is a fork of this process, which must have no executor yet.
+        info::info(tool, rest)
+    } else {
+        block::executor::block_on(run(tool, verb, rest)).unwrap_or_else(|e| Err(e.into()))
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -190,7 +195,6 @@ async fn run(tool: Tool, verb: &str, rest: &[String]) -> Outcome {
         "convert" => convert::convert(tool, rest).await,
         "create" => create::create(tool, rest).await,
         "dd" => convert::dd(tool, rest).await,
-        "info" => info::info(tool, rest).await,
         "map" => map::map(tool, rest).await,
         "measure" => sizes::measure(tool, rest).await,
         "rebase" => layers::rebase(tool, rest).await,
@@ -226,6 +230,7 @@ fn about(option: &str) -> &'static str {
             "make what azure, esxi, aws or gcp imports: format, options, alignment and, for gcp, a \
              .tar.gz"
         }
+        "no-sandbox" => "parse the image in this process, where a kernel lets no sandbox be made",
         "manifest" => "the manifest to check against (default: IMAGE.blake3)",
         "allow-external" => "open files outside the image's own directory that the image names",
         _ => "",

@@ -11,6 +11,7 @@ mod confine;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, WaitOptions, waitpid};
@@ -24,7 +25,7 @@ pub const MAX_MESSAGE: usize = 64 << 20;
 const NOT_CONFINED: i32 = 3;
 
 /// The child's way to its parent.
-pub struct Parent(Channel);
+pub struct Parent(Rc<Channel>);
 
 impl Parent {
     /// Asks the parent; the answer may come with a descriptor.
@@ -48,10 +49,10 @@ impl Parent {
 ///
 /// # Errors
 ///
-/// If the child cannot be made or confined, or ends without a result: by a signal, a panic, too long a message. The
-/// text says which.
+/// `Unsupported` if the kernel does not let it be confined. Else, if it cannot be made or ends without a result: by a
+/// signal, a panic, too long a message. The text says which.
 pub fn run(
-    work: impl FnOnce(&Parent) -> Vec<u8>,
+    work: impl FnOnce(Parent) -> Vec<u8>,
     mut serve: impl FnMut(&[u8]) -> (Vec<u8>, Option<OwnedFd>),
 ) -> io::Result<Vec<u8>> {
     let (ours, theirs) = socketpair(
@@ -90,11 +91,16 @@ pub fn run(
             let status = ended.map(|(_, status)| status);
             let signal = status.and_then(rustix::process::WaitStatus::terminating_signal);
             let code = status.and_then(rustix::process::WaitStatus::exit_status);
-            Err(io::Error::other(match (signal, code) {
-                (Some(signal), _) => format!("the sandboxed child was ended by signal {signal}"),
-                (_, Some(NOT_CONFINED)) => "the kernel does not let a sandbox be made".to_owned(),
-                _ => "the sandboxed child ended without a result".to_owned(),
-            }))
+            Err(match (signal, code) {
+                (_, Some(NOT_CONFINED)) => {
+                    let message = "the kernel does not let a sandbox be made";
+                    io::Error::new(io::ErrorKind::Unsupported, message)
+                }
+                (Some(signal), _) => {
+                    io::Error::other(format!("the sandboxed child was ended by signal {signal}"))
+                }
+                _ => io::Error::other("the sandboxed child ended without a result"),
+            })
         }
     }
 }
@@ -111,18 +117,19 @@ fn fork() -> io::Result<Option<Pid>> {
     }
 }
 
-fn in_child(socket: OwnedFd, work: impl FnOnce(&Parent) -> Vec<u8>) -> ! {
+fn in_child(socket: OwnedFd, work: impl FnOnce(Parent) -> Vec<u8>) -> ! {
     // A panic must not unwind into what the parent was about to do, and has nowhere to be told.
     std::panic::set_hook(Box::new(|_| {}));
     let Ok(channel) = confine::with_only(socket).map(Channel::new) else {
         exit(NOT_CONFINED)
     };
-    let parent = Parent(channel);
-    let work = std::panic::AssertUnwindSafe(|| work(&parent));
+    let channel = Rc::new(channel);
+    let parent = Parent(channel.clone());
+    let work = std::panic::AssertUnwindSafe(|| work(parent));
     let Ok(result) = std::panic::catch_unwind(work) else {
         exit(101)
     };
-    let sent = parent.0.send(Kind::Result, &result, None);
+    let sent = channel.send(Kind::Result, &result, None);
     exit(i32::from(sent.is_err()))
 }
 

@@ -76,14 +76,8 @@ impl HostFile {
     pub fn from_descriptor(file: OwnedFd, name: Rc<str>, options: &FileOptions) -> Result<Self> {
         let failed =
             |e: rustix::io::Errno| BlockError::io(format!("cannot open '{name}'"), e.into());
-        let stat = rustix::fs::fstat(&file).map_err(failed)?;
-        let kind = FileType::from_raw_mode(stat.st_mode);
-        if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
-            let message = format!("'{name}' is neither a file nor a block device");
-            return Err(BlockError::unsupported(message));
-        }
+        let block_device = check_kind(&file, &name)?;
         lock(file.as_fd(), &name, options.lock)?;
-        let block_device = kind == FileType::BlockDevice;
         if options.create && !block_device {
             rustix::fs::ftruncate(&file, 0).map_err(failed)?;
         }
@@ -488,6 +482,32 @@ impl Medium for HostFile {
         match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
             Ok(hole) if hole > offset => stored(hole.min(end) - offset),
             _ => stored(length),
+        }
+    }
+}
+
+/// Opens a file or block device for reading, unlocked, for somebody else to read.
+///
+/// # Errors
+///
+/// As [`HostFile::open`].
+pub fn open_to_read(path: &Path) -> Result<OwnedFd> {
+    let name = path.to_string_lossy();
+    let file = open_descriptor(path, &name, &FileOptions::default())?;
+    check_kind(&file, &name)?;
+    Ok(file)
+}
+
+/// Whether it is a block device; an error for what is no file either.
+fn check_kind(file: &OwnedFd, name: &str) -> Result<bool> {
+    let stat = rustix::fs::fstat(file)
+        .map_err(|e| BlockError::io(format!("cannot open '{name}'"), e.into()))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Ok(false),
+        FileType::BlockDevice => Ok(true),
+        _ => {
+            let message = format!("'{name}' is neither a file nor a block device");
+            Err(BlockError::unsupported(message))
         }
     }
 }

@@ -31,7 +31,7 @@ pub use details::{Compression, Description, ImageFormat, Property, Value};
 
 pub use new::NewImage;
 pub use open::{
-    External, Image, ImageOptions, Opener, create_file, local_path, open_disk, open_image,
+    External, Files, Image, ImageOptions, Opener, create_file, local_path, open_disk, open_image,
     resolve_name,
 };
 pub use probe::{probe, probe_bytes};

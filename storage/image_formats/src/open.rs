@@ -34,6 +34,54 @@ pub enum External {
     Follow,
 }
 
+impl External {
+    /// Checks that the image `base` may name the file `name`; returns the name to open.
+    ///
+    /// # Errors
+    ///
+    /// `Refused`, naming both files.
+    pub fn admit(self, base: &str, name: &str, why: &ImplicitFile) -> Result<String> {
+        let resolved = resolve_name(base, name);
+        if self == Self::Follow {
+            return Ok(resolved);
+        }
+        let directory = |path: &Path| {
+            let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+            std::fs::canonicalize(parent.unwrap_or(Path::new(".")))
+        };
+        let target = local_path(&resolved)?;
+        let inside = match (
+            directory(&local_path(base)?),
+            std::fs::canonicalize(&target),
+        ) {
+            (Ok(base), Ok(target)) => target.starts_with(base),
+            // What is not there is reported as such when it is opened.
+            (Ok(base), Err(_)) => directory(&target).is_ok_and(|d| d.starts_with(base)),
+            (Err(_), _) => false,
+        };
+        if inside {
+            return Ok(resolved);
+        }
+        let what = why.describe();
+        Err(BlockError::new(
+            ErrorKind::Refused,
+            format!(
+                "'{base}' asks for the {what} '{name}' outside its directory (--allow-external)"
+            ),
+        ))
+    }
+}
+
+/// Where an image's files come from for a process that can't open them itself.
+pub trait Files {
+    /// The file that the image `base` names. Whoever gives it decides whether the image may have it.
+    ///
+    /// # Errors
+    ///
+    /// One line that names the file.
+    fn file(&self, base: &str, name: &str, why: &ImplicitFile) -> Result<Rc<dyn Medium>>;
+}
+
 /// How an image is opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageOptions {
@@ -109,12 +157,14 @@ impl Image {
 }
 
 /// Opens image files and what they name.
-#[derive(Debug, Clone)]
+#[derive(Clone, Default)]
 pub struct Opener {
     options: ImageOptions,
     depth: u32,
     /// Device and inode of the files whose backing files are being opened.
     above: Vec<(u64, u64)>,
+    /// Where data and extent files come from, if they are not opened here.
+    files: Option<Rc<dyn Files>>,
 }
 
 /// Opens an image and everything below it, on this thread's executor.
@@ -126,13 +176,7 @@ pub async fn open_image(name: &str, options: &ImageOptions) -> Result<Image> {
     if options.snapshot {
         return open_with_overlay(name, options).await;
     }
-    Opener {
-        options: options.clone(),
-        depth: 0,
-        above: Vec::new(),
-    }
-    .open(name)
-    .await
+    Opener::new(options.clone()).open(name).await
 }
 
 /// Opens an image as a disk with the policies of `options`, for a machine.
@@ -159,13 +203,7 @@ async fn open_with_overlay(name: &str, options: &ImageOptions) -> Result<Image> 
         write: false,
         ..options.clone()
     };
-    let base = Opener {
-        options: below,
-        depth: 0,
-        above: Vec::new(),
-    }
-    .open(name)
-    .await?;
+    let base = Opener::new(below).open(name).await?;
     let directory = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
     let file = HostFile::temporary(&directory)
         .or_else(|e| HostFile::temporary(Path::new("/tmp")).map_err(|_| e))?;
@@ -263,8 +301,16 @@ impl Opener {
     pub fn new(options: ImageOptions) -> Self {
         Self {
             options,
-            depth: 0,
-            above: Vec::new(),
+            ..Self::default()
+        }
+    }
+
+    /// The same for a process that can't open files: data and extent files come from `files`.
+    pub fn with_files(options: ImageOptions, files: Rc<dyn Files>) -> Self {
+        Self {
+            options,
+            files: Some(files),
+            ..Self::default()
         }
     }
 
@@ -408,38 +454,6 @@ impl Opener {
         }
     }
 
-    /// Checks that an image may name this file; returns the name to open.
-    fn admit(&self, base: &str, name: &str, why: &ImplicitFile) -> Result<String> {
-        let resolved = resolve_name(base, name);
-        if self.options.external == External::Follow {
-            return Ok(resolved);
-        }
-        let directory = |path: &Path| {
-            let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
-            std::fs::canonicalize(parent.unwrap_or(Path::new(".")))
-        };
-        let target = local_path(&resolved)?;
-        let inside = match (
-            directory(&local_path(base)?),
-            std::fs::canonicalize(&target),
-        ) {
-            (Ok(base), Ok(target)) => target.starts_with(base),
-            // What is not there is reported as such when it is opened.
-            (Ok(base), Err(_)) => directory(&target).is_ok_and(|d| d.starts_with(base)),
-            (Err(_), _) => false,
-        };
-        if inside {
-            return Ok(resolved);
-        }
-        let what = why.describe();
-        Err(BlockError::new(
-            ErrorKind::Refused,
-            format!(
-                "'{base}' asks for the {what} '{name}' outside its directory (--allow-external)"
-            ),
-        ))
-    }
-
     fn below(&self, format: Option<String>, write: bool) -> Result<Self> {
         if self.depth >= MAX_CHAIN {
             let message = "the chain of backing files is too long, or a circle";
@@ -457,6 +471,7 @@ impl Opener {
             options,
             depth: self.depth + 1,
             above: self.above.clone(),
+            files: self.files.clone(),
         })
     }
 
@@ -487,7 +502,7 @@ impl OpenGate for Opener {
         why: ImplicitFile,
     ) -> BlockFuture<'a, Rc<dyn BlockBackend>> {
         Box::pin(async move {
-            let name = self.admit(base, name, &why)?;
+            let name = self.options.external.admit(base, name, &why)?;
             let format = match &why {
                 ImplicitFile::Backing { format } => format.clone(),
                 _ => None,
@@ -506,7 +521,10 @@ impl OpenGate for Opener {
         writable: bool,
     ) -> BlockFuture<'a, Rc<dyn Medium>> {
         Box::pin(async move {
-            let name = self.admit(base, name, &why)?;
+            if let Some(files) = &self.files {
+                return files.file(base, name, &why);
+            }
+            let name = self.options.external.admit(base, name, &why)?;
             let options = self.below(None, writable)?.file_options();
             let medium: Rc<dyn Medium> = Rc::new(HostFile::open(&local_path(&name)?, &options)?);
             Ok(medium)
