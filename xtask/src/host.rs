@@ -113,7 +113,7 @@ pub(crate) fn need_packages(packages: &[&str]) -> Result<()> {
     }
     match missing()[..] {
         [] => Ok(()),
-        [name, ..] => Err(format!("{name}: apt-get put it out for another package").into()),
+        [name, ..] => Err(format!("{name}: apt-get put it out for another package")),
     }
 }
 
