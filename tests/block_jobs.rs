@@ -404,7 +404,7 @@ fn a_guest_writes_on_while_its_disk_moves() {
         while qmp.hear("JOB_STATUS_CHANGE")["status"] != "null" {}
     };
     ended(&mut qmp);
-    let mut tell = |qmp: &mut Qmp, name: &str, arguments: Value| {
+    let tell = |qmp: &mut Qmp, name: &str, arguments: Value| {
         let answer = qmp.say(&json!({ "execute": name, "arguments": arguments }).to_string());
         assert!(answer.get("error").is_none(), "{name}: {answer}");
     };
