@@ -278,7 +278,7 @@ impl Disks {
     fn begin(&self, request: JobRequest, lifecycle: &Arc<Lifecycle>) -> Result<(), String> {
         let disk = self.find(&request.disk).ok_or("there is no such disk")?;
         let options = self.permanent(disk)?;
-        let (id, name) = (request.id.clone(), request.disk.clone());
+        let (id, name) = (request.options.id.clone(), request.disk.clone());
         if self.jobs.lock().contains_key(&id) {
             return Err(format!("Job ID '{id}' already in use"));
         }

@@ -10,8 +10,7 @@ use std::time::Duration;
 
 use block::executor::{sleep, spawn_local};
 use block::job::{
-    Backup, BackupOptions, CopyMode, Job, JobEvent, JobOptions, JobStatus, Layers, Mirror,
-    MirrorOptions,
+    Backup, BackupOptions, CopyMode, Job, JobEvent, JobStatus, Layers, Mirror, MirrorOptions,
 };
 use block::{BlockError, DirtyBitmap, Disk, Result};
 use image_formats::ImageOptions;
@@ -44,15 +43,6 @@ type Work = Pin<Box<dyn Future<Output = Result<()>>>>;
 
 /// Makes everything ready and begins; on the disk's thread.
 pub(crate) async fn begin(disk: Rc<Disk>, request: JobRequest, around: Surroundings) -> Result<()> {
-    let job_options = JobOptions {
-        id: request.id,
-        kind: request.work.kind(),
-        speed: request.speed,
-        auto_finalize: request.auto_finalize,
-        auto_dismiss: request.auto_dismiss,
-        on_source_error: request.on_source_error,
-        on_target_error: request.on_target_error,
-    };
     let Surroundings {
         registry,
         lifecycle,
@@ -67,7 +57,7 @@ pub(crate) async fn begin(disk: Rc<Disk>, request: JobRequest, around: Surroundi
             let report = report(job);
             lifecycle.post(Request::Job { report, event });
         };
-        let job = Rc::new(Job::new(job_options, tell));
+        let job = Rc::new(Job::new(request.options, tell));
         HERE.replace(Some(job.clone()));
         job.start();
         job

@@ -1,6 +1,6 @@
 //! Jobs on disks, and their bitmaps (QEMU `qapi/block-core.json`, `qapi/job.json`).
 
-use ::block::job::{IoStatus, JobEvent, JobKind, JobStatus, OnError};
+use ::block::job::{IoStatus, JobEvent, JobKind, JobOptions, JobStatus, OnError};
 use serde_json::{Map, Value, json};
 
 use crate::commands::{Arguments, Control, DEVICE_NOT_ACTIVE, Refusal};
@@ -40,22 +40,12 @@ pub enum BlockCall {
 /// A job that is to begin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobRequest {
-    /// Its name.
-    pub id: String,
     /// The disk.
     pub disk: String,
+    /// How it is begun, with its name.
+    pub options: JobOptions,
     /// What it does.
     pub work: JobWork,
-    /// Bytes in a second; 0: no limit.
-    pub speed: u64,
-    /// Its last step needs no command.
-    pub auto_finalize: bool,
-    /// It goes away by itself at its end.
-    pub auto_dismiss: bool,
-    /// What to do when reading fails.
-    pub on_source_error: OnError,
-    /// What to do when writing fails.
-    pub on_target_error: OnError,
 }
 
 /// What is copied at first.
@@ -392,10 +382,9 @@ fn begin(
             Ok(both)
         }
     };
-    let request = JobRequest {
+    let options = JobOptions {
         id: id.unwrap_or_else(|| disk.clone()),
-        disk,
-        work,
+        kind: work.kind(),
         speed: number(arguments, "speed")?.unwrap_or(0),
         auto_finalize: flag(arguments, "auto-finalize", true)?,
         auto_dismiss: flag(arguments, "auto-dismiss", true)?,
@@ -403,10 +392,15 @@ fn begin(
         on_target_error: side(arguments, "on-target-error")?,
     };
     arguments.finish()?;
-    if !is_id(&request.id) {
-        let text = format!("Invalid job ID '{}'", request.id);
+    if !is_id(&options.id) {
+        let text = format!("Invalid job ID '{}'", options.id);
         return Err(Refusal::generic(text));
     }
+    let request = JobRequest {
+        disk,
+        options,
+        work,
+    };
     machine
         .block(BlockCall::Begin(request))
         .map_err(Refusal::generic)?;
